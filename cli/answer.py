@@ -1,0 +1,119 @@
+"""One answer from the model to stdout, as it is made.
+
+Owns: writing tokens, the prefill bar, and what Ctrl-C does while an answer runs. Must not know
+whether a person or a pipe asked.
+
+The answer is computed in a second thread. Python hands a signal to the main thread only between
+two of its instructions, and a pass over a large model is one instruction of many seconds; the
+main thread waits here instead and can tell the engine to stop within the layer it is at.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgert.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from edgert import Engine, RunStats, Session, TokenEvent
+
+__all__ = ["Answer", "Prompt", "answer"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]  # a text, tokens, or chat messages
+_WAIT_SECONDS = 0.2  # Windows delivers Ctrl-C only between two waits
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was said until it ended or was stopped."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "cancelled"
+    stats: RunStats | None = None
+
+
+def answer(
+    engine: Engine,
+    prompt: Prompt,
+    sampling: Mapping[str, Any],
+    progress: Progress,
+    *,
+    silent: bool = False,
+) -> Answer:
+    """Continue a text or tokens, or answer chat messages, on stdout.
+
+    Ctrl-C ends the answer: what was written stays, the engine is ready for the next question,
+    and the finish reason is "cancelled". A second Ctrl-C before it has ended is raised.
+    """
+    session = engine.session()
+    options = engine.options(on_prefill=progress.update, **sampling)
+    found = Answer()
+    for event in _events(session, session.generate(_tokens(engine, prompt), options)):
+        progress.close()
+        found.text += event.text
+        if event.token is not None:
+            found.tokens.append(event.token)
+        if event.finish_reason is not None:
+            found.finish_reason = event.finish_reason
+        if event.text and not silent:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    progress.close()
+    found.stats = session.last_stats
+    if not silent and not found.text.endswith("\n"):
+        click.echo()
+    return found
+
+
+def _tokens(engine: Engine, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return engine.tokenize(prompt)
+    if prompt and isinstance(prompt[0], Mapping):
+        return engine.tokenizer.encode(engine.render(prompt), add_bos=False, special=True)  # type: ignore[arg-type]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def _events(session: Session, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
+    """The events of a generation that runs in a thread of its own; Ctrl-C cancels it."""
+    handed: queue.SimpleQueue[TokenEvent | BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for event in events:
+                handed.put(event)
+            handed.put(None)
+        except BaseException as error:
+            handed.put(error)
+
+    worker = threading.Thread(target=work, name="edgert-answer", daemon=True)
+    worker.start()
+    interrupted = False
+    try:
+        while True:
+            try:
+                item = handed.get(timeout=_WAIT_SECONDS)
+            except queue.Empty:
+                continue
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                session.cancel()
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        if worker.is_alive():
+            session.cancel()
+        worker.join()

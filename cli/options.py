@@ -1,0 +1,323 @@
+"""Options that several commands share, declared once.
+
+Owns: names, spellings (llama.cpp's are accepted), ranges and help texts, and the two bundles
+commands receive: `ModelOptions` and a dict of sampling values that were given. Must not know what
+a command does with them. A value nobody gave stays None: the engine has the defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+from click.core import ParameterSource
+
+import edgert
+from edgert import BudgetError, InputError
+from edgert.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from edgert import Engine, Plan
+
+__all__ = [
+    "Budget",
+    "ModelOptions",
+    "SAMPLING",
+    "debug_options",
+    "json_option",
+    "load_options",
+    "load_options_without_budget",
+    "model_argument",
+    "parse_budget",
+    "sampling_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNLIMITED = 2**60  # bytes; "as much as the whole model wants"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A memory budget as given: bytes, or a share of what the whole model needs in memory."""
+
+    text: str
+    nbytes: int | None
+    percent: float | None = None
+
+    def resolve(self, full_bytes: int) -> int:
+        """The budget in bytes; `full_bytes` is what the model needs with all weights resident."""
+        if self.nbytes is not None:
+            return self.nbytes
+        assert self.percent is not None
+        return int(full_bytes * self.percent / 100)
+
+
+def parse_budget(value: str) -> Budget:
+    """A budget from `1.5GiB`, `600M`, or `50%` of what the model needs with all weights resident.
+
+    Raises `InputError`.
+    """
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)
+    if share:
+        if not 0 < float(share[1]) <= 100:
+            raise InputError(f"{value!r} is not a share between 0% and 100%")
+        return Budget(value.strip(), None, float(share[1]))
+    try:
+        nbytes = edgert.parse_bytes(value)
+    except InputError as error:
+        raise InputError(f"{error}, or a share like 50%") from None
+    if nbytes == 0:
+        raise InputError("a memory budget of 0 bytes holds nothing")
+    return Budget(value.strip(), nbytes)
+
+
+class _Finite(click.FloatRange):
+    """A range that refuses nan and inf, which compare as inside every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What decides how a model is loaded."""
+
+    model: Path | None  # None: the bundled model
+    memory_budget: Budget | None = None
+    context_length: int | None = None
+    threads: int | None = None
+    kv_cache_type: str = "f16"
+
+    @property
+    def path(self) -> Path:
+        """The model's file. Raises `ModelError` when none was named and none is bundled."""
+        return self.model if self.model is not None else edgert.bundled_model()
+
+    def plan(self, budget: int | str | None = None) -> Plan:
+        """The plan for these options, or for another budget; reads the header, no weight.
+
+        Raises `BudgetError` below the floor.
+        """
+        return edgert.plan_model(
+            self.path,
+            memory_budget=self._budget if budget is None else budget,
+            context_length=self.context_length,
+            threads=self.threads,
+            kv_cache_type=self.kv_cache_type,
+        )
+
+    def full_and_floor(self) -> tuple[int, int]:
+        """Bytes with all weights in memory, and the smallest budget that works."""
+        try:
+            plan = self.plan(_UNLIMITED)
+        except BudgetError as error:  # a machine with less memory than the floor
+            return error.need_bytes, error.need_bytes
+        return plan.full_bytes, plan.floor_bytes
+
+    @property
+    def _budget(self) -> int | str | None:
+        """The budget as the engine takes it; it knows the model a share refers to."""
+        if self.memory_budget is None:
+            return None
+        exact = self.memory_budget.nbytes
+        return self.memory_budget.text if exact is None else exact
+
+    def load(self, progress: Progress, **more: Any) -> Engine:
+        """Load the model; the caller closes the engine."""
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(done, total, what)
+
+        return edgert.load(
+            self.path,
+            memory_budget=self._budget,
+            context_length=self.context_length,
+            threads=self.threads,
+            kv_cache_type=self.kv_cache_type,
+            on_progress=show,
+            **more,
+        )
+
+
+def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> Budget | None:
+    try:
+        return None if value is None else parse_budget(value)
+    except InputError as error:
+        raise click.BadParameter(str(error), context, parameter) from None
+
+
+def _option(*names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, **settings)
+
+
+# Name in the API -> option spellings, type and help. The REPL's `/set parameter` uses it too.
+SAMPLING: dict[str, tuple[tuple[str, ...], click.ParamType[Any], str]] = {
+    "max_tokens": (
+        ("-n", "--max-tokens", "--n-predict"),
+        click.IntRange(min=-1),
+        "Stop after this many tokens; -1 is until the end of the text or of the context.",
+    ),
+    "temperature": (
+        ("--temp", "--temperature"),
+        _Finite(min=0),
+        "Randomness; 0 takes the likeliest token.",
+    ),
+    "top_k": (("--top-k",), click.IntRange(min=0), "Keep the K likeliest tokens; 0 keeps all."),
+    "top_p": (("--top-p",), _Finite(min=0, max=1), "Keep the likeliest tokens up to this sum."),
+    "min_p": (("--min-p",), _Finite(min=0, max=1), "Drop tokens below this share of the best."),
+    "repeat_penalty": (
+        ("--repeat-penalty",),
+        _Finite(min=0, min_open=True),
+        "Divide the scores of recent tokens; 1 is off.",
+    ),
+    "repeat_last_n": (
+        ("--repeat-last-n",),
+        click.IntRange(min=-1),
+        "How many tokens the penalty looks back; -1 is all.",
+    ),
+    "seed": (
+        ("-s", "--seed"),
+        click.IntRange(min=-1, max=2**63 - 1),
+        "Seed of the sampler; -1 draws one, and the last line prints it.",
+    ),
+}
+
+
+def sampling_options(function: F) -> F:
+    """Add the sampling options; the command gets those that were given as `sampling`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in SAMPLING}
+        sampling = {name: value for name, value in given.items() if value is not None}
+        for name in ("max_tokens", "seed"):
+            if sampling.get(name) == -1:
+                del sampling[name]
+        stop = kwargs.pop("stop")
+        if stop:
+            sampling["stop"] = list(stop)
+        return function(*args, sampling=sampling, **kwargs)
+
+    decorated: Any = _option(
+        "-r",
+        "--stop",
+        "--reverse-prompt",
+        "stop",
+        multiple=True,
+        metavar="TEXT",
+        help="End the answer before this text; may be given several times.",
+    )(wrapper)
+    for name, (flags, kind, text) in reversed(SAMPLING.items()):
+        decorated = _option(*flags, name, type=kind, help=text)(decorated)
+    return cast(F, decorated)
+
+
+def model_argument(function: F) -> F:
+    """Add MODEL, also accepted as -m; the command gets `model`, None for the bundled one."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, model_file: Path | None, model: Path | None, **kwargs: Any) -> Any:
+        context = click.get_current_context()
+        typed = context.get_parameter_source("model") is ParameterSource.COMMANDLINE
+        if model_file is not None and model is not None and typed:
+            raise click.UsageError(f"two models were given: {model_file} and {model} (-m)")
+        return function(*args, model=model_file if model_file is not None else model, **kwargs)
+
+    path: click.ParamType[Any] = click.Path(path_type=Path)
+    with_option = _option(
+        "-m",
+        "--model",
+        "model",
+        type=path,
+        metavar="FILE",
+        help="The model's GGUF file, as an option; the bundled model when none is named.",
+    )(wrapper)
+    argument = click.argument("model_file", metavar="[MODEL]", required=False, type=path)
+    return cast(F, argument(with_option))
+
+
+def load_options(function: F) -> F:
+    """Add MODEL and the options that decide the plan; the command gets them as `options`."""
+    with_budget = _option(
+        "-b",
+        "--memory-budget",
+        metavar="SIZE",
+        callback=_budget,
+        help="All the memory edgert may use: 1.5GiB, 600M, or 50% of what the whole model "
+        "needs. By default what the machine has free, less a margin.",
+    )(load_options_without_budget(function))
+    return with_budget
+
+
+def load_options_without_budget(function: F) -> F:
+    """As `load_options` for a command that chooses the budgets itself."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        names = ("model", "memory_budget", "context_length", "threads", "kv_cache_type")
+        options = ModelOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        return function(*args, options=options, **kwargs)
+
+    decorated: Any = wrapper
+    for option in (
+        _option(
+            "-ctk",
+            "--kv-cache-type",
+            type=click.Choice(["f16", "f32"]),
+            default="f16",
+            show_default=True,
+            help="Number format of the KV cache.",
+        ),
+        _option(
+            "-t",
+            "--threads",
+            type=click.IntRange(1, 1024),
+            help="Compute threads; by default one for each core the process may use.",
+        ),
+        _option(
+            "-c",
+            "--ctx-size",
+            "context_length",
+            type=click.IntRange(min=0),
+            callback=lambda _context, _param, value: value or None,
+            help="Tokens of context; 0 is the model's own length.",
+        ),
+        model_argument,
+    ):
+        decorated = option(decorated)
+    return cast(F, decorated)
+
+
+def json_option(function: F) -> F:
+    """Add --json; the command gets `as_json`."""
+    text = "Print one JSON object."
+    return _option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def debug_options(function: F) -> F:
+    """Add --debug and -v; logging is set up here and nowhere else."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, debug: bool, verbose: bool, **kwargs: Any) -> Any:
+        if debug or verbose:
+            level = logging.DEBUG if debug else logging.INFO
+            logging.basicConfig(format="%(name)s: %(message)s")
+            logging.getLogger("edgert").setLevel(level)
+        return function(*args, **kwargs)
+
+    with_verbose = _option("-v", "--verbose", is_flag=True, help="Log what happens, on stderr.")(
+        wrapper
+    )
+    text = "Log more, and show tracebacks of errors."
+    return cast(F, _option("--debug", is_flag=True, help=text)(with_verbose))

@@ -1,0 +1,103 @@
+"""What the commands print: the stats line, JSON objects, aligned tables.
+
+Owns: the form of every figure. Data goes to stdout, everything else to stderr. Must not know
+where a figure comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from edgert import InputError, format_bytes
+
+if TYPE_CHECKING:
+    from edgert import RunStats
+
+__all__ = ["atomic_file", "note", "print_json", "stats_line", "table"]
+
+
+def stats_line(stats: RunStats) -> str:
+    """One line for people: speed, reading, memory, and the hash that pins the numbers.
+
+    `# 128 tok  prefill 41.2  decode 7.9 tok/s  read 312.0 MiB/tok  2.41 GB/s (86 % of device)
+    stall 18 %  peak 498.0 MiB  seed 7  #5c1e09af` (on one line). What was not read or not measured
+    is left out.
+    """
+    parts = [
+        f"# {stats.generated_tokens} tok",
+        f"prefill {stats.prefill_tok_s:.1f}  decode {stats.decode_tok_s:.1f} tok/s",
+    ]
+    if stats.read_bytes:
+        speed = f"{stats.read_bytes_per_s / 1e9:.2f} GB/s"
+        if stats.device_bytes_per_s:
+            share = stats.read_bytes_per_s / stats.device_bytes_per_s
+            speed += f" ({100 * share:.0f} % of device)"
+        parts += [
+            f"read {stats.read_bytes_per_token / 2**20:.1f} MiB/tok",
+            speed,
+            f"stall {100 * stats.stall_share:.0f} %",
+        ]
+    parts += [
+        f"peak {format_bytes(stats.peak_bytes)}",
+        f"seed {stats.seed}",
+        f"#{stats.logits_hash[:8]}",
+    ]
+    return "  ".join(parts)
+
+
+def note(text: str) -> None:
+    """A line beside the answer: to stderr, dimmed on a terminal."""
+    click.secho(text, err=True, dim=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout, indented for people, readable by programs."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and paths as JSON values."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left and the others to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name only when complete: nothing half-written is left.
+
+    Raises `InputError` when the folder does not exist or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        stream = partial.open("wb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with stream:
+            yield stream
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

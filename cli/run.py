@@ -1,0 +1,200 @@
+"""`edgert run` and `edgert chat`: one answer for a prompt or a pipe, a conversation in a terminal.
+
+`run` continues the text it is given, as llama.cpp's completion does; `chat` sends it through the
+model's own chat template as one turn. In a terminal both open the same conversation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgert import InputError
+from edgert.cli.answer import Answer, answer
+from edgert.cli.options import (
+    ModelOptions,
+    debug_options,
+    json_option,
+    load_options,
+    sampling_options,
+)
+from edgert.cli.progress import Progress
+from edgert.cli.report import note, print_json, stats_line
+
+__all__ = ["chat", "run"]
+
+_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Request:
+    """What the user asked for, apart from how to load and sample."""
+
+    prompt: str | None
+    file: Path | None
+    system: str | None
+    as_json: bool
+    quiet: bool
+    history: bool
+    display_prompt: bool | None
+
+
+def _prompt_options(function: Any) -> Any:
+    for option in (
+        click.option(
+            "--display-prompt/--no-display-prompt",
+            default=None,
+            help="Print the text that is continued before its continuation; the default in a "
+            "terminal, and not when stdout goes elsewhere.",
+        ),
+        click.option("--no-history", is_flag=True, help="Do not keep what is typed."),
+        click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+        click.option(
+            "-sys", "--system-prompt", "system", metavar="TEXT", help="The system message."
+        ),
+        click.option(
+            "-f",
+            "--file",
+            type=click.Path(path_type=Path),
+            help="Read the prompt from a file; - is stdin.",
+        ),
+        click.option("-p", "--prompt", metavar="TEXT", help="The prompt; stdin is not read then."),
+    ):
+        function = option(function)
+    return function
+
+
+def _shared(function: Any) -> Any:
+    for decorate in (debug_options, json_option, sampling_options, _prompt_options, load_options):
+        function = decorate(function)
+    return function
+
+
+@click.command()
+@_shared
+def run(options: ModelOptions, sampling: dict[str, Any], no_history: bool, **given: Any) -> None:
+    """Continue a text, or talk to the model in a terminal.
+
+    The prompt comes from -p, from -f, or from stdin when something is piped in. Without any of
+    them, in a terminal, a conversation starts; /help lists its commands. An empty prompt (-p "")
+    is allowed for models that have a beginning-of-text token, and starts from nothing.
+
+    The text goes to stdout, everything else to stderr. The last line there gives the speed, what
+    was read, the peak of memory, the seed, and a hash of the logits.
+
+    \b
+    edgert run -p "Once upon a time"
+    edgert run model.gguf -b 600MiB -n 200 -p "The ship"
+    cat notes.txt | edgert run model.gguf --temp 0
+    """
+    _main(options, sampling, _Request(history=not no_history, **given), chat=False)
+
+
+@click.command()
+@_shared
+def chat(options: ModelOptions, sampling: dict[str, Any], no_history: bool, **given: Any) -> None:
+    """Talk to the model through its chat template.
+
+    With -p, -f or a pipe: one turn. In a terminal: a conversation; /help lists its commands.
+
+    \b
+    edgert chat
+    edgert chat -p "Tell me a story about a dog and a red ball."
+    """
+    _main(options, sampling, _Request(history=not no_history, **given), chat=True)
+
+
+def _main(
+    options: ModelOptions, sampling: dict[str, Any], request: _Request, *, chat: bool
+) -> None:
+    prompt = _read_prompt(request)
+    if prompt is None:
+        if request.as_json:
+            raise InputError("--json needs a prompt: give one with -p, -f or a pipe")
+        from edgert.cli.repl import converse
+
+        converse(
+            options,
+            sampling,
+            chat=chat,
+            system=request.system,
+            history=request.history,
+            quiet=request.quiet,
+        )
+        return
+    if chat and not prompt.strip():
+        raise InputError("the prompt is empty; give one with -p")
+    messages = [{"role": "user", "content": prompt}]
+    if request.system is not None:
+        if not chat:
+            raise InputError("--system-prompt needs a conversation: use `edgert chat`")
+        messages.insert(0, {"role": "system", "content": request.system})
+    with Progress() as progress, options.load(progress) as engine:
+        if not chat and _display(request):
+            sys.stdout.write(prompt)
+            sys.stdout.flush()
+        found = answer(
+            engine, messages if chat else prompt, sampling, progress, silent=request.as_json
+        )
+    _finish(options, request, found)
+
+
+def _display(request: _Request) -> bool:
+    if request.as_json:
+        return False
+    return sys.stdout.isatty() if request.display_prompt is None else request.display_prompt
+
+
+def _finish(options: ModelOptions, request: _Request, found: Answer) -> None:
+    if request.as_json:
+        print_json(
+            {
+                "model": options.path.name,
+                "text": found.text,
+                "tokens": found.tokens,
+                "finish_reason": found.finish_reason,
+                "stats": found.stats.to_dict() if found.stats else None,
+            }
+        )
+    elif found.stats and not request.quiet:
+        note(stats_line(found.stats))
+    if found.finish_reason == "cancelled":
+        click.get_current_context().exit(_INTERRUPTED)
+
+
+def _read_prompt(request: _Request) -> str | None:
+    """The prompt, or None when a person at a terminal is to be asked."""
+    if request.prompt is not None and request.file is not None:
+        raise click.UsageError("give the prompt with -p or with -f, not both")
+    if request.prompt is not None:
+        return _valid(request.prompt.encode("utf-8", "surrogateescape"), "the prompt")
+    if request.file is not None and str(request.file) != "-":
+        try:
+            data = request.file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{request.file} cannot be read: {error.strerror}") from None
+        return _without_last_newline(_valid(data, str(request.file)))
+    if request.file is None and sys.stdin.isatty():
+        return None
+    text = _without_last_newline(_valid(sys.stdin.buffer.read(), "stdin"))
+    if not text:
+        raise InputError("there is no prompt: stdin is empty; give one with -p")
+    return text
+
+
+def _valid(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start:,}"
+        ) from None
+
+
+def _without_last_newline(text: str) -> str:
+    """The text without the newline that editors and `echo` add at the end."""
+    return text.removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,123 @@
+"""edgert runs language models bigger than the memory they may use.
+
+    >>> import edgert
+    >>> with edgert.load("model.gguf", memory_budget="600MiB") as engine:  # doctest: +SKIP
+    ...     for event in engine.generate("Once upon a time", max_tokens=64, stream=True):
+    ...         print(event.text, end="", flush=True)
+
+Owns: the public names. `import edgert` loads neither numba, tokenizers nor NumPy: everything but
+the errors and units comes with the first use of its name (PEP 562), which keeps
+`edgert --help` and an application's own start fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgert.errors import (
+    BudgetError,
+    BudgetExceededError,
+    CancelledError,
+    ContextError,
+    EdgertError,
+    FormatError,
+    InputError,
+    ModelError,
+    StorageError,
+    TokenizerError,
+    UnsupportedError,
+)
+from edgert.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from edgert.config import SamplingParams
+    from edgert.engine import Engine
+    from edgert.opening import load, plan_model, warmup
+    from edgert.plan import Plan
+    from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
+    from edgert.session import Session
+    from edgert.storage.gguf import read_gguf
+    from edgert.storage.manifest import Manifest
+    from edgert.tokenizer import Tokenizer
+
+__all__ = [
+    "BudgetError",
+    "BudgetExceededError",
+    "CancelledError",
+    "Completion",
+    "ContextError",
+    "EdgertError",
+    "Engine",
+    "FormatError",
+    "InputError",
+    "Manifest",
+    "MemoryReport",
+    "ModelError",
+    "Plan",
+    "RunStats",
+    "SamplingParams",
+    "Session",
+    "StorageError",
+    "TokenEvent",
+    "Tokenizer",
+    "TokenizerError",
+    "UnsupportedError",
+    "__version__",
+    "bundled_model",
+    "format_bytes",
+    "load",
+    "logits_hash",
+    "parse_bytes",
+    "plan_model",
+    "read_gguf",
+    "warmup",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {  # public name -> module that defines it
+    "Completion": "edgert.results",
+    "Engine": "edgert.engine",
+    "Manifest": "edgert.storage.manifest",
+    "MemoryReport": "edgert.results",
+    "Plan": "edgert.plan",
+    "RunStats": "edgert.results",
+    "SamplingParams": "edgert.config",
+    "Session": "edgert.session",
+    "TokenEvent": "edgert.results",
+    "Tokenizer": "edgert.tokenizer",
+    "load": "edgert.opening",
+    "logits_hash": "edgert.results",
+    "plan_model": "edgert.opening",
+    "read_gguf": "edgert.storage.gguf",
+    "warmup": "edgert.opening",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'edgert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def bundled_model() -> Path:
+    """Path of the small story model that comes with edgert, used when no model is named.
+
+    Raises `ModelError` when this copy of edgert was installed without it.
+    """
+    # find_spec gives the folder without importing edgert.models, which would load the kernels.
+    spec = importlib.util.find_spec("edgert.models")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for path in sorted(Path(folder, "demo").glob("*.gguf")):
+            return path
+    raise ModelError("this copy of edgert has no bundled model; name a GGUF file")

@@ -1,0 +1,38 @@
+"""From what a person asks for to a budget in bytes.
+
+Owns: sizes, shares and the default. Must not know how a budget is spent.
+"""
+
+from __future__ import annotations
+
+from edgert.errors import InputError
+from edgert.units import parse_bytes
+
+__all__ = ["resolve_budget"]
+
+
+def resolve_budget(asked: int | str | None, full_bytes: int, available: int) -> int:
+    """The budget in bytes: a number, a size such as "1.5GiB", or "50%" of `full_bytes`.
+
+    `full_bytes` is the budget at which the whole model is in memory, so "100%" always suffices.
+    None means what is free (`available`), but no more than the model can use. Raises `InputError`
+    for anything that is no size.
+    """
+    if asked is None:
+        return min(available, full_bytes)
+    if isinstance(asked, str) and asked.strip().endswith("%"):
+        return max(1, int(full_bytes * _share(asked)))
+    nbytes = parse_bytes(asked) if isinstance(asked, str) else int(asked)
+    if nbytes < 1:
+        raise InputError(f"a memory budget of {asked} is not a size; give one like 1.5GiB or 50%")
+    return nbytes
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.strip()[:-1]) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 100:
+        raise InputError(f"{text!r} is not a share of the model; write one like 50%")
+    return share

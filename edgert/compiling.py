@@ -1,0 +1,145 @@
+"""Compiling kernels without holding the compiler's memory: in child processes, once.
+
+Owns: knowing what is compiled already, and running the children. Imports no Numba.
+
+LLVM keeps what it allocates: after compiling a model's kernels a process holds about 100 MiB more
+than one that loads them from the cache (250 against 150 MiB measured). Under a memory budget that
+is too dear, so a cold cache is filled by a child process that exits, before this process has
+loaded Numba itself. Where a budget is small, each child compiles one kernel only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgert.kernels_cpu.cache import cache_root, sources_digest
+from edgert.units import MIB
+
+__all__ = ["KernelSet", "compile_apart", "is_compiled"]
+
+SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSet:
+    """What a model needs: formats of its matrices by name, KV cache type, routed experts or not."""
+
+    formats: tuple[str, ...]
+    kv_cache_type: str
+    experts: bool
+
+    def __str__(self) -> str:
+        return ",".join([self.kv_cache_type, "moe" if self.experts else "dense", *self.formats])
+
+    @classmethod
+    def parse(cls, text: str) -> KernelSet:
+        """The inverse of `str`."""
+        kv, kind, *formats = text.split(",")
+        return cls(tuple(formats), kv, kind == "moe")
+
+
+def _cpu() -> str:
+    """What tells CPUs apart for compiled code."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _stamp(wanted: KernelSet) -> Path:
+    """The file that says a set is compiled: for these sources, compiler, CPU and Python."""
+    parts = [sources_digest(), _cpu(), platform.machine(), platform.python_version(), str(wanted)]
+    parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
+    parts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    return cache_root() / f"ready-{key}"
+
+
+def is_compiled(wanted: KernelSet) -> bool:
+    """True when the kernels are in the user's cache."""
+    with contextlib.suppress(OSError):
+        return Path(_stamp(wanted).read_text()).is_dir()
+    return False
+
+
+def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple[str, int, int]]:
+    """Fill the cache from child processes unless it is full: (name, number done, number).
+
+    Never fails: what a child cannot do (no cache folder can be written, no process started) is
+    left to this process, whose memory is then measured with the compiler in it.
+    """
+    if is_compiled(wanted) or not _can_start_python():
+        return
+    one_by_one = budget_bytes is not None and budget_bytes < SMALL_BUDGET
+    done, total, folder = 0, 1, ""
+    while done < total:
+        stop = done + 1 if one_by_one else 2**20
+        before = done
+        for name, done, total in _child(wanted, done, stop):
+            if name == "=":
+                done = min(stop, total)
+            elif name.startswith("="):
+                folder = name[1:]
+            else:
+                yield name, done, total
+        if done == before:
+            return
+    _write_stamp(_stamp(wanted), folder)
+
+
+def _can_start_python() -> bool:
+    """False inside a frozen application, whose executable is not an interpreter."""
+    name = Path(sys.executable or "").name.lower()
+    return "python" in name and not getattr(sys, "frozen", False)
+
+
+def _child(wanted: KernelSet, first: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """The progress of one child: (kernel, its number, number of kernels), at the end the cache
+    folder as "=FOLDER" and ("=", ...) once it ended well.
+    """
+    command = [sys.executable, "-P", "-m", "edgert.kernels", str(wanted), str(first), str(stop)]
+    environment = dict(os.environ)
+    source = str(Path(__file__).parents[1])
+    paths = [source, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    try:
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+    except (OSError, ValueError):
+        return
+    total = 1
+    with child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                name, number, count = line.rsplit(" ", 2)
+                total = int(count)
+                yield name.replace("= ", "=", 1), int(number), total
+        except BaseException:  # the caller gave up: Ctrl-C, or the generator was closed
+            child.terminate()
+            raise
+    if child.returncode == 0:
+        yield "=", total, total
+
+
+def _write_stamp(stamp: Path, folder: str) -> None:
+    """Note where the kernels are; a temporary cache is gone by now and not worth a note."""
+    if not folder or not Path(folder).is_dir():
+        return
+    with contextlib.suppress(OSError):
+        handle, name = tempfile.mkstemp(dir=stamp.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(folder)
+        os.replace(name, stamp)

@@ -1,0 +1,297 @@
+"""The engine: a model opened under a memory budget, ready to compute.
+
+Owns: everything that was allocated, in order of opening and closing, and the public API. Must not
+know how a pass is computed (forward.py) or how text is made (session.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.chat_template import render_chat
+from edgert.config import SamplingParams
+from edgert.errors import EdgertError, InputError
+from edgert.forward import Forward
+from edgert.kernels_cpu.kv_cache import KvLayout
+from edgert.kernels_cpu.program import Rows
+from edgert.kernels_cpu.rope import rope_table
+from edgert.machine import peak_bytes, resident_bytes, trim_heap
+from edgert.models.graph import Graph, build_program
+from edgert.models.run_state import run_state_buffers
+from edgert.opening import Opened, Progress
+from edgert.plan import Plan
+from edgert.plan_parts import Need, need_of, scratch_bytes
+from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
+from edgert.session import GenerationOptions, Session, complete
+from edgert.storage.arena import Arena
+from edgert.storage.backend import Backend
+from edgert.storage.device import measure_read_rate
+from edgert.threads import ThreadTeam
+from edgert.tokenizer import Tokenizer
+from edgert.units import KIB, align_up
+from edgert.weights import Weights
+
+__all__ = ["Engine"]
+
+Messages = Sequence[Mapping[str, Any]]
+_RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
+
+
+class Engine:
+    """A loaded model. Immutable but for its KV cache, which it shares among sessions.
+
+    Any thread may call any method: forward passes run one at a time, in the order they come, and
+    each pass of each caller gets the bits it would get alone. `close` ends it; so does `with`.
+    Made by `load`.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        backend: Backend,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self.spec = opened.spec
+        self.plan = plan
+        self.path = opened.path
+        self.tokenizer = tokenizer
+        self.last_stats: RunStats | None = None
+        self.device_bytes_per_s = 0.0
+        self._metadata = {
+            k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
+        }
+        self._backend = backend
+        self._closed = False
+        self._closing = threading.Lock()
+        need = need_of(
+            opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
+        )
+        self._arena = Arena(_arena_bytes(plan))
+        self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+        try:
+            self._open(need, on_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, need: Need, on_progress: Progress | None) -> None:
+        plan, spec = self.plan, self.spec
+        buffers = self._take_buffers(need)
+        layout = KvLayout(
+            spec.num_key_value_heads, spec.head_dim, plan.context_length, plan.kv_cache_type
+        )
+        kv = self._arena.take("KV cache", spec.num_hidden_layers * layout.layer_bytes, 64)
+        table_shape = (plan.context_length, spec.rope_dim // 2, 2)
+        table = self._arena.take("rotary table", 4 * plan.context_length * spec.rope_dim, 64)
+        self._arena.seal()
+        self._team = ThreadTeam(plan.threads)
+        self.weights.open(
+            None if on_progress is None else lambda done, total: on_progress("load", done, total)
+        )
+        factors = self.weights.vector_values("rope_freqs.weight") if spec.has_rope_freqs else None
+        table.view(np.float32).reshape(table_shape)[:] = rope_table(
+            spec.rope_theta, spec.rope_dim, 1 / spec.rope_scale, factors, plan.context_length
+        )
+        graph = Graph(
+            spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
+            int(table.ctypes.data),
+        )  # fmt: skip
+        program, self._inner_rows = build_program(graph, self.weights)
+        self.weights.describe(self._team.streams, {n: r.address for n, (r, _) in buffers.items()})
+        self.forward = Forward(
+            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
+        )
+        if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
+            self.device_bytes_per_s = measure_read_rate(
+                self._backend, threads=plan.reader_threads, seconds=_RATE_SECONDS
+            )
+        trim_heap()
+
+    def _take_buffers(
+        self, need: Need
+    ) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
+        """The run state in the arena: address and stride of each buffer, and a float32 view."""
+        plan = self.plan
+        found = {}
+        for buffer in run_state_buffers(
+            self.spec, need.inputs, tokens=plan.prefill_tokens, logit_rows=plan.logit_rows,
+            scratch_bytes=scratch_bytes(self.spec, plan.threads),
+        ):  # fmt: skip
+            space = self._arena.take(buffer.name, buffer.nbytes, 64)
+            floats = space[: buffer.rows * buffer.stride].view(np.float32)
+            rows = Rows(int(space.ctypes.data), buffer.stride)
+            found[buffer.name] = (rows, floats.reshape(buffer.rows, -1))
+            if buffer.name == "index":
+                space.view(np.int64)[:] = np.arange(space.nbytes // 8)
+        return found
+
+    # ---- facts ---------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the model has logits for."""
+        return self.spec.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.plan.context_length
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's own chat template, or None."""
+        return self.tokenizer.chat_template
+
+    def memory(self) -> MemoryReport:
+        """Planned against real memory of the process."""
+        regions = {r.name: r.nbytes for r in self.plan.regions}
+        return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
+
+    def __repr__(self) -> str:
+        return f"Engine({self.path.name}, {self.spec.architecture}, {self.plan.budget_bytes} bytes)"
+
+    # ---- tokens and logits ---------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """The tokens of `text`; names of control tokens in it are ordinary text."""
+        return self.tokenizer.encode(text, add_bos=add_bos)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, control tokens left out."""
+        return self.tokenizer.decode(tokens)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits after each of `tokens`: float32 [n_tokens, n_vocab], the caller's own memory.
+
+        The same bits at any budget, thread count and chunk size. Raises `ContextError`.
+        """
+        self._check_open()
+        return self.forward.evaluate(list(tokens), self.vocab_size, every=True)
+
+    # ---- text ----------------------------------------------------------------------------------
+
+    def session(self) -> Session:
+        """A new, empty timeline of tokens."""
+        self._check_open()
+        return Session(self)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any
+    ) -> Iterator[TokenEvent]: ...
+
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **options: Any
+    ) -> Completion | Iterator[TokenEvent]:
+        """Continue a text or a list of tokens.
+
+        Options: `max_tokens` (None: until the text ends or the context is full), `temperature`,
+        `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`, `presence_penalty`,
+        `frequency_penalty`, `logit_bias`, `seed` (None draws one), `stop` (a text or several),
+        `on_prefill(done, total)`. Defaults are the model's own (`general.sampling.*`), else
+        llama.cpp's.
+
+        Returns a `Completion`, or with `stream` an iterator of `TokenEvent`; closing it ends the
+        generation. Raises `ContextError`, `InputError`, `StorageError`.
+        """
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._run(tokens, stream, options)
+
+    def chat(
+        self, messages: Messages, *, stream: bool = False, **options: Any
+    ) -> Completion | Iterator[TokenEvent]:
+        """Answer a conversation, rendered with the file's own chat template.
+
+        `messages`: {"role": "system" | "user" | "assistant", "content": text}; options as in
+        `generate`. What users typed cannot forge control tokens unless the template lets it.
+        """
+        text = self.render(messages)
+        return self._run(self.tokenizer.encode(text, add_bos=False, special=True), stream, options)
+
+    def render(self, messages: Messages) -> str:
+        """The prompt text of a conversation."""
+        tokenizer = self.tokenizer
+        names = [
+            "" if token is None else tokenizer.token_text(token)
+            for token in (tokenizer.bos_id, tokenizer.eos_id)
+        ]
+        return render_chat(
+            tokenizer.chat_template, messages, bos_token=names[0], eos_token=names[1]
+        )
+
+    def _run(
+        self, tokens: list[int], stream: bool, options: dict[str, Any]
+    ) -> Completion | Iterator[TokenEvent]:
+        session = self.session()
+        events = session.generate(tokens, self.options(**options))
+        return events if stream else complete(events, session)
+
+    def options(
+        self,
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        on_prefill: Callable[[int, int], object] | None = None,
+        **sampling: Any,
+    ) -> GenerationOptions:
+        """Checked options of one generation. Raises `InputError` naming what is wrong."""
+        try:
+            params = SamplingParams.from_metadata(self._metadata, **sampling)
+        except TypeError as error:
+            raise InputError(f"generate: {error}") from None
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return GenerationOptions(params, max_tokens, seed, stops, on_prefill)
+
+    # ---- the end -------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EdgertError("the engine is closed; load the model again")
+
+    def close(self) -> None:
+        """Stop the threads and give all memory back. Idempotent; a pass under way is stopped."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        forward = getattr(self, "forward", None)
+        if forward is not None:
+            forward.cancel()
+            with forward.lock:
+                self._release()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self.weights.close()
+        team = getattr(self, "_team", None)
+        if team is not None:
+            team.close()
+        self._backend.close()
+        self._arena.close()
+        trim_heap()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _arena_bytes(plan: Plan) -> int:
+    """All regions but the process itself, and room for the alignment of each."""
+    taken = plan.total_bytes - plan.region("process").nbytes
+    return align_up(taken + 64 * KIB, 4096)

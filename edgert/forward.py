@@ -1,0 +1,151 @@
+"""Forward passes over one KV cache: tokens in, logits out, nothing computed twice.
+
+Owns: the KV cache's contents, prefix reuse, chunks, recovery after a stopped pass. Must not know
+text or sampling.
+
+There is one KV cache. A request names all its tokens; what the cache already holds of them is kept
+and the rest is computed. Several sessions can therefore take turns in bounded memory, and by one
+arithmetic a session that has to be computed again gets the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import CancelledError, ContextError, InputError
+from edgert.kernels_cpu import rows
+from edgert.kernels_cpu.program import Program
+from edgert.plan import Plan
+from edgert.threads import ThreadTeam
+from edgert.weights import Weights
+
+__all__ = ["Forward", "PassStats"]
+
+_F32 = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class PassStats:
+    """What passes cost, summed since the engine was opened."""
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class Forward:
+    """Runs the program. Calls are serialised by `lock`; any thread may call `cancel`."""
+
+    def __init__(
+        self, plan: Plan, program: Program, team: ThreadTeam, weights: Weights, x: _F32, logits: _F32
+    ) -> None:
+        self._plan = plan
+        self._program = program
+        self._team = team
+        self._weights = weights
+        self._x = x  # (prefill_tokens, hidden padded)
+        self._logits = logits  # (logit_rows, vocabulary padded)
+        self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
+        self._pass = 0  # of the dense stream
+        self._cancelled = False
+        self._broken = False
+        self.lock = threading.RLock()
+        self.stats = PassStats()
+
+    def cancel(self) -> None:
+        """End the pass under way within one op, and refuse further ones until `resume`."""
+        self._cancelled = True
+        self._team.stop()
+
+    def reused(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are in the KV cache already; the last one is always computed."""
+        count = 0
+        for have, want in zip(self._cached, tokens[:-1], strict=False):
+            if have != want:
+                break
+            count += 1
+        return count
+
+    def evaluate(
+        self,
+        tokens: Sequence[int],
+        vocabulary: int,
+        *,
+        every: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> _F32:
+        """Logits of the last token, float32 (1, vocabulary); with `every`, of all: (n, vocabulary).
+
+        Raises `ContextError`, `InputError` for a token outside the vocabulary, `StorageError` when
+        a read failed, `CancelledError` after `cancel`.
+        """
+        self._check(tokens, vocabulary)
+        with self.lock:
+            self._cancelled = False
+            start = 0 if every else self.reused(tokens)
+            del self._cached[start:]
+            chunk = min(self._plan.prefill_tokens, self._plan.logit_rows if every else 2**31)
+            out = np.empty((len(tokens) if every else 1, vocabulary), np.float32)
+            while start < len(tokens):
+                stop = min(start + chunk, len(tokens))
+                wanted = stop - start if every else int(stop == len(tokens))
+                self._run_pass(tokens[start:stop], start, wanted)
+                self._cached += tokens[start:stop]
+                if wanted:
+                    at = start if every else 0
+                    out[at : at + wanted] = self._logits[:wanted, :vocabulary]
+                start = stop
+                if progress:
+                    progress(start, len(tokens))
+            return out
+
+    def _check(self, tokens: Sequence[int], vocabulary: int) -> None:
+        if not tokens:
+            raise InputError("there is no token to compute; give a prompt")
+        if len(tokens) > self._plan.context_length:
+            raise ContextError(len(tokens), self._plan.context_length)
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise InputError(f"token {token} is outside the vocabulary of {vocabulary:,}")
+
+    def _run_pass(self, tokens: Sequence[int], position: int, wanted: int) -> None:
+        """One walk of the program over `tokens`; the last `wanted` of them leave logits."""
+        if self._broken:
+            self._recover()
+        n = len(tokens)
+        embedded = self._weights.token_rows(tokens)
+        self._x[:n, : embedded.shape[1]] = embedded
+        frame = self._team.frame
+        frame[rows.F_N_TOKENS] = n
+        frame[rows.F_POSITION] = position
+        frame[rows.F_PASS] = self._pass
+        frame[rows.F_FIRST_LOGIT] = n - wanted
+        frame[rows.F_N_LOGITS] = wanted
+        begin = time.perf_counter()
+        self._broken = True
+        if self._cancelled:
+            raise CancelledError()
+        self._team.run(self._program)
+        self._weights.raise_if_failed()
+        if self._team.stopped:
+            raise CancelledError()
+        self._broken = False
+        self._pass += 1
+        self.stats.passes += 1
+        self.stats.tokens += n
+        self.stats.seconds += time.perf_counter() - begin
+        self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
+
+    def _recover(self) -> None:
+        """Make the engine whole after a pass that did not end: streams begin again."""
+        self._weights.reset()
+        self._team.take_stall_ns()
+        self._pass = 0
+        self._broken = False

@@ -1,0 +1,59 @@
+"""Which kernels a model needs, and compiling them. Run as a program it compiles and exits.
+
+Owns: the list. Must not know budgets. `python -m edgert.kernels SET FIRST STOP` compiles kernels
+FIRST to STOP of a `KernelSet` into the user's cache, one line of progress each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from edgert.compiling import KernelSet
+from edgert.kernels_cpu import elementwise, moe, rope
+from edgert.kernels_cpu.attention import attention_kernel
+from edgert.kernels_cpu.jit import Kernel, cache_folder
+from edgert.kernels_cpu.matmul import matmul_kernel
+from edgert.kernels_cpu.repack import expand_q4_k, repack_blocks
+from edgert.kernels_cpu.team import run_program
+from edgert.quant.formats import BY_NAME
+
+__all__ = ["compile_here", "kernels_of"]
+
+
+def kernels_of(wanted: KernelSet) -> list[Kernel]:
+    """Every kernel of the set, in a fixed order."""
+    kv = wanted.kv_cache_type
+    found = [
+        run_program, elementwise.rmsnorm_kernel, elementwise.swiglu_kernel,
+        elementwise.quantize_kernel, rope.rope_and_store_kernel(kv), attention_kernel(kv),
+    ]  # fmt: skip
+    if wanted.experts:
+        found += [moe.moe_route_kernel, moe.moe_combine_kernel]
+    for name in wanted.formats:
+        found.append(matmul_kernel(BY_NAME[name]))
+        found.append(expand_q4_k if name == "Q4_K" else repack_blocks)
+    return list(dict.fromkeys(found))
+
+
+def compile_here(
+    wanted: KernelSet, first: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """Compile in this process, or load from the cache: (name, number done, number) before each."""
+    kernels = kernels_of(wanted)
+    for i, kernel in enumerate(kernels[first:stop], first):
+        yield kernel.name, i, len(kernels)
+        kernel.compile()
+
+
+def main(arguments: list[str]) -> None:
+    """Compile part of a set for a parent process, which reads the lines."""
+    wanted = KernelSet.parse(arguments[0])
+    first, stop = (int(a) for a in arguments[1:3])
+    for name, done, total in compile_here(wanted, first, stop):
+        print(f"{name} {done} {total}", flush=True)
+    print(f"= {cache_folder()} {len(kernels_of(wanted))} {len(kernels_of(wanted))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

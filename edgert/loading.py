@@ -1,0 +1,63 @@
+"""How much a model's process holds, and the plan that follows.
+
+Owns: the memory of the process itself, measured or expected, and turning options into a plan. Must
+not know how weights are read or text is made.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from edgert.budget import resolve_budget
+from edgert.config import LoadOptions
+from edgert.errors import ModelError, UnsupportedError
+from edgert.machine import (
+    available_bytes,
+    default_threads,
+    release_cache,
+    resident_bytes,
+    trim_heap,
+)
+from edgert.opening import Opened
+from edgert.plan import Plan, PlanOptions, plan_memory
+from edgert.units import MIB
+
+__all__ = ["make_plan", "process_bytes"]
+
+# What the process itself holds beside the arena: interpreter, NumPy, Numba and LLVM, tokenizer and
+# compiled kernels, and what they allocate while running. Measured 151 MiB after loading; the plan
+# takes the larger of this and what is measured, plus the growth allowed for.
+PROCESS_BYTES = 160 * MIB
+GROWTH_BYTES = 16 * MIB
+TOKEN_BYTES = 400  # Python objects of one vocabulary entry, merges included
+
+
+def process_bytes(opened: Opened, *, measured: bool) -> int:
+    """What the process holds beside the arena; `measured` once everything is loaded."""
+    tokens = opened.manifest.metadata.get("tokenizer.ggml.tokens", ())
+    expected = PROCESS_BYTES + TOKEN_BYTES * len(tokens)
+    if measured:
+        trim_heap()
+        release_cache()
+        expected = max(expected, resident_bytes())
+    return expected + GROWTH_BYTES
+
+
+def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
+    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
+
+    def plan_for(budget: int) -> Plan:
+        wanted = PlanOptions(
+            budget_bytes=budget,
+            threads=options.threads or default_threads(),
+            context_length=options.context_length,
+            prefill_tokens=options.prefill_tokens,
+            kv_cache_type=options.kv_cache_type,
+        )
+        try:
+            return plan_memory(opened.spec, opened.manifest, wanted, process)
+        except (ModelError, UnsupportedError) as error:
+            raise type(error)(f"{opened.path}: {error}") from None
+
+    full = plan_for(sys.maxsize).full_bytes
+    return plan_for(resolve_budget(options.memory_budget, full, available_bytes()))

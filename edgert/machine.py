@@ -1,0 +1,172 @@
+"""What the machine gives this process: memory, cores, and what it uses of them.
+
+Owns: cgroup v1 and v2 limits, free memory, resident and peak memory, the default thread count.
+Must not know models or plans. Only reads; nothing here changes the machine, except `release_cache`,
+which gives clean file pages back, and `trim_heap`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+from edgert.units import MIB
+
+__all__ = [
+    "available_bytes",
+    "cgroup_limit_bytes",
+    "default_threads",
+    "peak_bytes",
+    "release_cache",
+    "resident_bytes",
+    "trim_heap",
+]
+
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 2**60  # v1 writes "no limit" as a number near 2^63
+_MARGIN = 0.10  # of what is free, left to others when no budget is given
+_MARGIN_MIN = 256 * MIB
+
+
+def _cgroup_paths(controller: str) -> list[Path]:
+    """Folders of this process's cgroup and its ancestors for a controller, v2 or v1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        root = _CGROUP if not controllers else _CGROUP / controller
+        if (not controllers and (_CGROUP / "cgroup.controllers").exists()) or (
+            controller in controllers.split(",")
+        ):
+            leaf = root / path.lstrip("/")
+            found = [leaf, *leaf.parents]
+            return [p for p in found if p.is_relative_to(root) and p.is_dir()]
+    return []
+
+
+def _read_int(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None
+
+
+def cgroup_limit_bytes() -> int | None:
+    """The smallest memory limit of the enclosing cgroups, or None when there is none."""
+    limits = []
+    for folder in _cgroup_paths("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            value = _read_int(folder / name)
+            if value is not None and value < _UNLIMITED:
+                limits.append(value)
+    return min(limits) if limits else None
+
+
+def _cgroup_free_bytes() -> int | None:
+    """Room left under the tightest cgroup limit; clean file pages count as room."""
+    free = []
+    for folder in _cgroup_paths("memory"):
+        limit = _read_int(folder / "memory.max") or _read_int(folder / "memory.limit_in_bytes")
+        used = _read_int(folder / "memory.current") or _read_int(folder / "memory.usage_in_bytes")
+        if limit is None or used is None or limit >= _UNLIMITED:
+            continue
+        reclaimable = 0
+        with contextlib.suppress(OSError, ValueError):
+            for line in (folder / "memory.stat").read_text().splitlines():
+                key, value = line.split()
+                if key in ("inactive_file", "total_inactive_file"):
+                    reclaimable = int(value)
+        free.append(limit - used + reclaimable)
+    return min(free) if free else None
+
+
+def available_bytes() -> int:
+    """A budget for this process when none is given: what is free, its own memory included.
+
+    A tenth, and at least 256 MiB where there is room for it, is left to other programs; inside a
+    cgroup, which holds nobody else, a twentieth.
+    """
+    own = resident_bytes()
+    machine = int(psutil.virtual_memory().available) + own
+    budget = machine - max(int(machine * _MARGIN), min(_MARGIN_MIN, machine // 4))
+    group = _cgroup_free_bytes()
+    if group is not None:
+        budget = min(budget, int((group + own) * (1 - _MARGIN / 2)))
+    return budget
+
+
+def default_threads() -> int:
+    """Cores this process may use: CPU affinity, cut to the cgroup's CPU quota, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    for folder in _cgroup_paths("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                cores = min(cores, max(1, int(quota) // int(period)))
+        quota_us = _read_int(folder / "cpu.cfs_quota_us")
+        period_us = _read_int(folder / "cpu.cfs_period_us")
+        if quota_us and period_us and quota_us > 0:
+            cores = min(cores, max(1, quota_us // period_us))
+    return cores
+
+
+def resident_bytes() -> int:
+    """Memory of this process in DRAM now: anonymous pages, and file pages it has mapped."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has had in DRAM so far."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(psutil.Process().memory_info().peak_wset)
+
+
+def trim_heap() -> None:
+    """Collect garbage and give free heap pages back to the system (glibc keeps them otherwise)."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_cache() -> None:
+    """Drop unmapped clean pages of the libraries and modules loaded, where a cgroup counts them.
+
+    A cold start reads some 100 MiB of library files ahead of what it maps, and the cgroup of the
+    reader is charged for it. Does nothing outside a limited cgroup: other programs may want them.
+    """
+    if cgroup_limit_bytes() is None or not hasattr(os, "posix_fadvise"):
+        return
+    paths = {getattr(m, "__cached__", None) for m in list(sys.modules.values())}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            parts = line.split(maxsplit=5)
+            if len(parts) == 6 and parts[5].startswith("/"):
+                paths.add(parts[5])
+    for path in paths:
+        if not path:
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)

@@ -1,0 +1,134 @@
+"""Opening a model: check the header, compile apart, and only then load what computes.
+
+Owns: `load`, `plan_model` and `warmup`, and the order in them. Imports neither NumPy-heavy code nor
+Numba before it needs them: a cold kernel cache is filled by child processes while this one is
+still small (compiling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgert.compiling import KernelSet, compile_apart
+from edgert.config import LoadOptions
+from edgert.errors import FormatError, ModelError, UnsupportedError
+from edgert.models.spec import ModelSpec, spec_from_manifest
+from edgert.models.tensors import check_tensors
+from edgert.storage.gguf import read_gguf
+from edgert.storage.manifest import Manifest
+from edgert.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgert.engine import Engine
+    from edgert.plan import Plan
+    from edgert.storage.backend import Backend
+
+__all__ = ["Opened", "load", "open_model", "plan_model", "warmup"]
+
+Progress = Callable[[str, int, int], object]  # what, done, to do
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checked header: nothing but metadata has been read."""
+
+    path: Path
+    manifest: Manifest
+    spec: ModelSpec
+
+    def kernel_set(self, kv_cache_type: str) -> KernelSet:
+        """The kernels this model needs."""
+        formats = {t.format for t in self.manifest.tensors.values() if len(t.shape) > 1}
+        names = tuple(f.name for f in sorted(formats, key=lambda f: f.type_id))
+        return KernelSet(names, kv_cache_type, self.spec.is_moe)
+
+
+def open_model(path: str | Path | None = None) -> Opened:
+    """Read and check the header of a model, the bundled one by default.
+
+    Raises `ModelError` or `UnsupportedError`, which name the file.
+    """
+    import edgert
+
+    path = Path(edgert.bundled_model() if path is None else path)
+    manifest = read_gguf(path)
+    try:
+        spec = spec_from_manifest(manifest.metadata, manifest.tensors)
+        check_tensors(spec, manifest.tensors)
+    except FormatError:
+        raise
+    except (ModelError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return Opened(path, manifest, spec)
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    context_length: int | None = None,
+    threads: int | None = None,
+    kv_cache_type: str = "f16",
+    prefill_tokens: int | None = None,
+    on_progress: Progress | None = None,
+    backend: Callable[[Sequence[Path]], Backend] | None = None,
+) -> Engine:
+    """Open a GGUF model within `memory_budget`; the bundled model when no path is given.
+
+    `memory_budget`: bytes, "1.5GiB", or "50%" of what the whole model needs in memory; None is what
+    the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:
+    tokens of prompt and answer; `threads`: by default the cores this process may use;
+    `kv_cache_type`: "f16" or "f32"; `prefill_tokens`: most tokens of one pass. None lets the plan
+    choose. `on_progress(what, done, to_do)` is called while compiling and loading.
+    `backend` opens the files: another one than `FileBackend` serves tests and embedders.
+
+    Raises `BudgetError` before any weight is read, `ModelError`, `UnsupportedError`, `InputError`,
+    `StorageError`.
+    """
+    options = LoadOptions(memory_budget, context_length, threads, kv_cache_type, prefill_tokens)
+    opened = open_model(path)
+    wanted = opened.kernel_set(kv_cache_type)
+    for name, done, total in compile_apart(wanted, _bytes_of(memory_budget)):
+        if on_progress:
+            on_progress(f"compile {name}", done, total)
+
+    from edgert.engine import Engine
+    from edgert.kernels import compile_here
+    from edgert.loading import make_plan, process_bytes
+    from edgert.storage.backend import FileBackend
+    from edgert.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
+    for _ in compile_here(wanted):
+        pass
+    plan = make_plan(opened, options, process_bytes(opened, measured=True))
+    files = (backend or FileBackend)(opened.manifest.files)
+    return Engine(opened, tokenizer, plan, files, on_progress)
+
+
+def _bytes_of(budget: int | str | None) -> int | None:
+    """The budget in bytes where it is one, and not a share of something not known yet."""
+    if isinstance(budget, str):
+        return None if budget.strip().endswith("%") else parse_bytes(budget)
+    return budget
+
+
+def plan_model(path: str | Path | None = None, **options: Any) -> Plan:
+    """The plan of a model without loading it: reads the header and no weight.
+
+    Takes the options of `load` that decide a plan, and raises as `load` does.
+    """
+    from edgert.loading import make_plan, process_bytes
+
+    opened = open_model(path)
+    return make_plan(opened, LoadOptions(**options), process_bytes(opened, measured=False))
+
+
+def warmup(path: str | Path | None = None) -> Iterator[tuple[str, int, int]]:
+    """Compile every kernel a model needs into the user's cache: (name, done, to do) as it goes."""
+    opened = open_model(path)
+    for kv_cache_type in ("f16", "f32"):
+        yield from compile_apart(opened.kernel_set(kv_cache_type), None)

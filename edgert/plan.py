@@ -1,0 +1,311 @@
+"""Where every byte will live, decided before the first weight is read.
+
+Owns: the budget arithmetic. `plan_memory` is pure: spec, manifest and options in, a frozen `Plan`
+out, or `BudgetError` with the smallest budget that works. What the plan prints is what the engine
+allocates. Must not know how bytes are read or used.
+
+Regions: the process itself, the KV cache, activations, vectors and tables, resident tiles of the
+matrices, the ring of slots for the streamed ones, slots for routed experts, read staging, reserve.
+
+Which tiles stay. A dense pass reads its streamed tiles in one order for ever, so a cache that
+evicts never hits and the best is to keep what fits. Resident tiles are spread evenly between the
+streamed ones: the disk then sees an even demand and a short ring is enough. The output head comes
+first, so that a pass never ends in streamed tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgert.errors import BudgetError, ContextError
+from edgert.models.spec import ModelSpec
+from edgert.plan_parts import (
+    READER_THREADS,
+    Need,
+    Sizes,
+    TilePlan,
+    choose_resident,
+    measure,
+    need_of,
+)
+from edgert.storage.manifest import Manifest
+from edgert.units import MIB, format_bytes
+
+__all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
+
+# (prefill tokens, ring slots, bytes of a tile) from comfortable to frugal. Direct reads reach the
+# device's rate from 256 KiB on; larger tiles cost fewer hand-overs.
+_SHAPES = (
+    (256, 12, 2 * MIB), (128, 12, 2 * MIB), (64, 12, MIB), (32, 12, MIB // 2), (16, 8, MIB // 4),
+    (8, 6, MIB // 4), (1, 4, MIB // 8),
+)  # fmt: skip
+_CONTEXTS = (4096, 2048, 1024, 512, 256)
+_COMFORT = 6  # activations, ring and staging may take 1/6 of what is left beside the process
+_CONTEXT_SHARE = 8  # and a KV cache nobody asked for 1/8
+_ENOUGH_TOKENS = 16  # a pass of fewer is only worth its memory when weights are streamed anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes that trade speed for memory."""
+
+    tokens: int  # of one pass
+    slots: int  # of the ring
+    tile_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What stays in memory."""
+
+    resident: tuple[bool, ...]  # for each tile
+    slots: int
+    expert_slots: int
+    embedding: bool
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What the caller asks for; None lets the planner choose."""
+
+    budget_bytes: int
+    threads: int
+    context_length: int | None = None
+    prefill_tokens: int | None = None
+    kv_cache_type: str = "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A named part of the budget."""
+
+    name: str
+    nbytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every byte edgert will hold, and what it reads each pass."""
+
+    budget_bytes: int
+    regions: tuple[Region, ...]
+    floor_bytes: int  # the smallest budget that works with these options
+    full_bytes: int  # the budget at which no weight is read twice
+    context_length: int
+    prefill_tokens: int  # most tokens of one pass
+    logit_rows: int  # most of them whose logits one pass can give
+    threads: int
+    reader_threads: int
+    kv_cache_type: str
+    tile_bytes: int  # about the size of a tile
+    tiles: tuple[TilePlan, ...] = field(repr=False)
+    slots: int = 0  # of the ring; 0 when nothing is streamed
+    slot_bytes: int = 0
+    expert_slots: int = 0
+    expert_slot_bytes: int = 0
+    staging_bytes: int = 0  # of each read buffer
+    staging_buffers: int = 0  # one a reader thread of each stream
+    embedding_resident: bool = False
+    resident_bytes: int = 0  # weights in memory, expert slots included
+    streamed_bytes: int = 0  # read from flash in every pass
+    expert_bytes: int = 0  # of one expert in the file
+    weight_bytes: int = 0  # of all tensors in the file
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of all regions; never above the budget."""
+        return sum(r.nbytes for r in self.regions)
+
+    def region(self, name: str) -> Region:
+        """The region with this name."""
+        return next(r for r in self.regions if r.name == name)
+
+    def table(self) -> str:
+        """The regions as text, one a line, with the reason for each size."""
+        width = max(len(r.name) for r in self.regions)
+        lines = [
+            f"{r.name:<{width}}  {format_bytes(r.nbytes):>10}  {r.why}"
+            for r in self.regions
+            if r.nbytes
+        ]
+        total = f"{'total':<{width}}  {format_bytes(self.total_bytes):>10}  "
+        lines.append(f"{total}of a budget of {format_bytes(self.budget_bytes)}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values for JSON; tiles are left out."""
+        names = (
+            "budget_bytes", "total_bytes", "floor_bytes", "full_bytes", "resident_bytes",
+            "streamed_bytes", "expert_bytes", "weight_bytes", "context_length", "prefill_tokens",
+            "logit_rows", "threads", "reader_threads", "kv_cache_type", "slots", "slot_bytes",
+            "expert_slots", "expert_slot_bytes", "staging_bytes", "embedding_resident",
+        )  # fmt: skip
+        plain: dict[str, Any] = {name: getattr(self, name) for name in names}
+        plain["regions"] = [
+            {"name": r.name, "nbytes": r.nbytes, "why": r.why} for r in self.regions
+        ]
+        return plain
+
+
+def plan_memory(
+    spec: ModelSpec, manifest: Manifest, options: PlanOptions, process_bytes: int
+) -> Plan:
+    """Lay out every byte edgert will hold. Pure.
+
+    `process_bytes`: interpreter, libraries, compiled kernels and tokenizer, as measured or
+    expected. Raises `BudgetError` with the table of the smallest plan when the budget cannot hold
+    it, `ContextError` when more context is asked for than the model was made for.
+    """
+    longest = spec.max_position_embeddings
+    if options.context_length is not None and options.context_length > longest:
+        raise ContextError(options.context_length, longest)
+    contexts = _choices(options.context_length, _CONTEXTS, longest)
+    fixed = options.prefill_tokens
+    shapes = [
+        Shape(min(tokens if fixed is None else fixed, longest), slots, tile_bytes)
+        for tokens, slots, tile_bytes in _SHAPES
+    ]
+    layout = _Layout(spec, manifest, options, process_bytes)
+    nothing = replace(options, budget_bytes=0)
+    frugal = _Layout(spec, manifest, nothing, process_bytes).plan(contexts[-1], shapes[-1])
+    full = layout.plan(contexts[0], shapes[0], everything=True)
+    floor_bytes = min(frugal.total_bytes, full.total_bytes)
+    if options.budget_bytes < floor_bytes:
+        hint = "" if options.context_length is None else "a shorter --ctx-size needs less"
+        raise BudgetError(options.budget_bytes, floor_bytes, frugal.table(), hint)
+    chosen = _choose(layout, contexts, shapes)
+    assert chosen.total_bytes <= options.budget_bytes
+    return replace(chosen, floor_bytes=floor_bytes, full_bytes=full.total_bytes)
+
+
+def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
+    if asked is not None:
+        return [asked]
+    return sorted({min(value, most) for value in usual}, reverse=True)
+
+
+def _choose(layout: _Layout, contexts: Sequence[int], shapes: Sequence[Shape]) -> Plan:
+    """The most comfortable plan that fits: everything resident if at all possible."""
+    room = layout.options.budget_bytes - layout.process_bytes
+    for everything in (True, False):
+        for context in contexts:
+            for shape in shapes:
+                plan = layout.plan(context, shape, everything=everything)
+                if plan.total_bytes > layout.options.budget_bytes:
+                    continue
+                kv = plan.region("KV cache").nbytes
+                comfort = sum(plan.region(n).nbytes for n in ("activations", "window", "staging"))
+                modest = comfort <= room // _COMFORT
+                modest &= len(contexts) == 1 or kv <= room // _CONTEXT_SHARE
+                if modest or (everything and shape.tokens >= _ENOUGH_TOKENS):
+                    return plan
+    return layout.plan(contexts[-1], shapes[-1])
+
+
+class _Layout:
+    """Lays out one model for given sizes. Pure; what is measured once is kept."""
+
+    def __init__(
+        self, spec: ModelSpec, manifest: Manifest, options: PlanOptions, process_bytes: int
+    ) -> None:
+        self.spec = spec
+        self.manifest = manifest
+        self.options = options
+        self.process_bytes = process_bytes
+        self._needs: dict[int, Need] = {}
+
+    def need(self, tile_bytes: int) -> Need:
+        """The model cut into tiles of about `tile_bytes`."""
+        if tile_bytes not in self._needs:
+            threads, kv = self.options.threads, self.options.kv_cache_type
+            self._needs[tile_bytes] = need_of(self.spec, self.manifest, threads, kv, tile_bytes)
+        return self._needs[tile_bytes]
+
+    def plan(self, context: int, shape: Shape, *, everything: bool = False) -> Plan:
+        """The plan of these sizes. With `everything` all weights are resident whatever it takes;
+        without, they fill the budget, and the plan has its smallest size when that is too little.
+        """
+        need = self.need(shape.tile_bytes)
+        sizes = measure(need, context, shape.tokens)
+        reading = READER_THREADS * need.staging_bytes
+        fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
+        fixed += need.vector_bytes + need.row_bytes + reading
+        if everything:
+            kept = Kept(tuple(True for _ in need.tiles), 0, need.expert_count, True)
+        else:
+            kept = _keep(need, self.options.budget_bytes - fixed, shape.slots, reading)
+        return _plan(need, self.options, self.process_bytes, shape, sizes, context, kept)
+
+
+def _keep(need: Need, room: int, slots: int, reading: int) -> Kept:
+    """What stays in `room` bytes: tiles of the matrices first, then as many experts as fit."""
+    window = slots * need.slot_bytes + (reading if need.experts else 0)
+    least = min(need.expert_count, need.experts_per_token)
+    room -= least * need.expert_slot_bytes
+    if sum(t.nbytes for t in need.tiles) <= room:
+        resident = tuple(True for _ in need.tiles)
+    else:
+        resident = choose_resident(need.tiles, max(room - window, 0), slots)
+    streamed = resident.count(False)
+    if streamed < 3:  # no ring turns with fewer: keep them, whatever it takes
+        resident, streamed = tuple(True for _ in need.tiles), 0
+    slots = min(slots, max(streamed - 1, 0))
+    room -= sum(t.nbytes for t, keep in zip(need.tiles, resident, strict=True) if keep)
+    room -= window if streamed else 0
+    more = max(room, 0) // need.expert_slot_bytes if need.expert_slot_bytes else 0
+    return Kept(resident, slots, min(need.expert_count, least + more), False)
+
+
+def _plan(
+    need: Need,
+    options: PlanOptions,
+    process_bytes: int,
+    shape: Shape,
+    sizes: Sizes,
+    context: int,
+    kept: Kept,
+) -> Plan:
+    """The plan's record for what was decided."""
+    tiles = _numbered(need.tiles, kept.resident)
+    buffers = READER_THREADS * (2 if need.experts and kept.slots else 1)
+    in_memory = sum(t.nbytes for t in tiles if t.stream_index < 0)
+    streamed = sum(t.extent.nbytes for t in tiles if t.stream_index >= 0)
+    experts = kept.expert_slots * need.expert_slot_bytes
+    embedding = need.embedding_bytes if kept.embedding else 0
+    regions = (
+        Region("process", process_bytes, "interpreter, libraries, compiled kernels, tokenizer"),
+        Region("KV cache", sizes.kv_bytes, sizes.kv_why),
+        Region("activations", sizes.activation_bytes, f"one pass of {shape.tokens} tokens"),
+        Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
+        Region("resident", in_memory, f"{sum(kept.resident)} of {len(tiles)} tiles of the matrices"),
+        Region("embedding", embedding, "token rows"),
+        Region("window", kept.slots * need.slot_bytes, f"{kept.slots} slots for streamed tiles"),
+        Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),
+        Region(
+            "staging",
+            buffers * need.staging_bytes + need.row_bytes,
+            f"{buffers} read buffers, one token row",
+        ),
+    )
+    return Plan(
+        budget_bytes=options.budget_bytes, regions=regions, floor_bytes=0, full_bytes=0,
+        context_length=context, prefill_tokens=shape.tokens, logit_rows=sizes.logit_rows,
+        threads=options.threads, reader_threads=READER_THREADS,
+        kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
+        slots=kept.slots, slot_bytes=need.slot_bytes, expert_slots=kept.expert_slots,
+        expert_slot_bytes=need.expert_slot_bytes, staging_bytes=need.staging_bytes,
+        staging_buffers=buffers, embedding_resident=kept.embedding,
+        resident_bytes=in_memory + need.vector_bytes + experts + embedding,
+        streamed_bytes=streamed, expert_bytes=need.expert_bytes, weight_bytes=need.weight_bytes,
+    )  # fmt: skip
+
+
+def _numbered(tiles: Sequence[TilePlan], resident: Sequence[bool]) -> tuple[TilePlan, ...]:
+    """The tiles with the streamed ones numbered in execution order."""
+    numbered, count = [], 0
+    for tile, keep in zip(tiles, resident, strict=True):
+        numbered.append(replace(tile, stream_index=-1 if keep else count))
+        count += not keep
+    return tuple(numbered)

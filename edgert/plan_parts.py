@@ -1,0 +1,286 @@
+"""What a plan is made of: the tiles of the matrices, expert records, and the sizes of the rest.
+
+Owns: cutting matrices into tiles, choosing which stay, measuring everything a plan must hold. Pure.
+Must not know the budget's policy (plan.py) nor how anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgert.errors import UnsupportedError
+from edgert.kernels_cpu.attention import attention_scratch_bytes
+from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
+from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
+from edgert.kernels_cpu.matmul import takes_quantized_input
+from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
+from edgert.models.spec import ModelSpec
+from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
+from edgert.quant.formats import QuantFormat
+from edgert.storage.backend import ALIGNMENT, aligned_range
+from edgert.storage.manifest import Extent, Manifest
+from edgert.units import KIB, MIB, align_up, format_bytes
+
+__all__ = [
+    "READER_THREADS",
+    "ExpertRecord",
+    "Need",
+    "Sizes",
+    "TilePlan",
+    "choose_resident",
+    "measure",
+    "need_of",
+]
+
+READER_THREADS = 2  # two direct reads in flight reach the rate of the disks measured
+LOGITS_BYTES = 4 * MIB  # most that the logits of one pass may take
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """Consecutive rows of a matrix that are read, placed and computed as one."""
+
+    tensor: str
+    first_row: int
+    rows: int
+    nbytes: int  # in memory, in kernel layout
+    extent: Extent  # in the file
+    is_head: bool
+    stream_index: int = -1  # position in the cycle of streamed tiles; -1 is resident
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRecord:
+    """The experts of one layer: formats, shapes, and where the parts lie in a slot."""
+
+    tensors: tuple[str, str, str]  # gate, up, down
+    formats: tuple[QuantFormat, QuantFormat, QuantFormat]
+    up_offset: int
+    down_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Everything of a model that does not depend on the budget."""
+
+    spec: ModelSpec
+    needs: dict[str, TensorNeed]
+    inputs: Inputs
+    tiles: tuple[TilePlan, ...]
+    experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
+    threads: int
+    kv_cache_type: str
+    slot_bytes: int
+    staging_bytes: int  # of one reader
+    vector_bytes: int
+    row_bytes: int  # room to read one row of the embedding
+    embedding_bytes: int
+    expert_slot_bytes: int
+    expert_bytes: int  # of the largest expert in the file
+    weight_bytes: int
+
+    @property
+    def expert_count(self) -> int:
+        """All experts of all layers."""
+        return len(self.experts) * self.spec.num_experts
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts one layer computes for one token."""
+        return self.spec.num_experts_per_tok if self.experts else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What depends on the context and the chunk."""
+
+    kv_bytes: int
+    kv_why: str
+    activation_bytes: int
+    table_bytes: int
+    logit_rows: int
+
+
+def head_tensor(spec: ModelSpec) -> str:
+    """The name of the output head's tensor."""
+    return "token_embd.weight" if spec.tie_word_embeddings else "output.weight"
+
+
+def need_of(
+    spec: ModelSpec, manifest: Manifest, threads: int, kv_cache_type: str, tile_bytes: int
+) -> Need:
+    """Cut a model into tiles and records, and measure what is fixed.
+
+    Raises `ModelError` or `UnsupportedError` when the tensors are not those of the model.
+    """
+    needs = check_tensors(spec, manifest.tensors)
+    tiles: list[TilePlan] = []
+    for need in needs.values():
+        if need.kind == "matrix":
+            tiles += _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
+    if spec.tie_word_embeddings:
+        tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
+    experts = _records(spec, needs, manifest)
+    parts = [aligned_range(t.extent, ALIGNMENT)[1] for t in tiles]
+    expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
+    raw = [sum(_expert_extent(manifest, n, 0).nbytes for n in r.tensors) for r in experts]
+    staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
+    quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
+    vectors = sum(
+        align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
+        for n in needs.values()
+        if n.kind == "vector"
+    )
+    embedding = manifest.tensors["token_embd.weight"]
+    row = embedding.format.row_bytes(embedding.shape[1])
+    return Need(
+        spec=spec, needs=needs, inputs=inputs_of(_by_role(needs, manifest, spec), quantized),
+        tiles=tuple(tiles), experts=experts, threads=threads,
+        kv_cache_type=kv_cache_type,
+        slot_bytes=align_up(max(t.nbytes for t in tiles), ALIGNMENT),
+        staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
+        row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
+        embedding_bytes=align_up(embedding.extent.nbytes, 64),
+        expert_slot_bytes=expert_slot, expert_bytes=max(raw, default=0),
+        weight_bytes=manifest.tensor_bytes,
+    )  # fmt: skip
+
+
+def _formats(manifest: Manifest) -> set[QuantFormat]:
+    return {t.format for t in manifest.tensors.values()}
+
+
+def _by_role(
+    needs: dict[str, TensorNeed], manifest: Manifest, spec: ModelSpec
+) -> dict[TensorRole, set[QuantFormat]]:
+    found: dict[TensorRole, set[QuantFormat]] = {}
+    for need in needs.values():
+        if need.kind in ("matrix", "expert_matrix"):
+            found.setdefault(need.role, set()).add(manifest.tensors[need.name].format)
+    if spec.tie_word_embeddings:
+        found[TensorRole.LM_HEAD] = {manifest.tensors[head_tensor(spec)].format}
+    return found
+
+
+def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[TilePlan]:
+    """The tiles of one matrix: whole groups of 16 rows of about `size` bytes."""
+    entry = manifest.tensors[name]
+    rows, columns = entry.shape
+    group = tile_bytes(entry.format, columns)
+    step = TILE_ROWS * max(1, size // group)
+    return [
+        TilePlan(
+            tensor=name,
+            first_row=first,
+            rows=min(step, rows - first),
+            nbytes=matrix_bytes(entry.format, min(step, rows - first), columns),
+            extent=entry.rows(first, min(first + step, rows)),
+            is_head=is_head,
+        )
+        for first in range(0, rows, step)
+    ]
+
+
+def _records(
+    spec: ModelSpec, needs: dict[str, TensorNeed], manifest: Manifest
+) -> tuple[ExpertRecord, ...]:
+    records = []
+    for layer in range(spec.num_hidden_layers if spec.is_moe else 0):
+        names = tuple(f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
+        formats = tuple(manifest.tensors[n].format for n in names)
+        sizes = [
+            align_up(matrix_bytes(f, *needs[n].shape[1:]), 64)
+            for f, n in zip(formats, names, strict=True)
+        ]
+        if takes_quantized_input(formats[0]) != takes_quantized_input(formats[1]):
+            raise UnsupportedError(
+                f"{names[0]} is {formats[0].name} and {names[1]} is {formats[1].name}: "
+                "gate and up of an expert must both be quantised or both be floating point"
+            )
+        records.append(
+            ExpertRecord(
+                (names[0], names[1], names[2]),
+                (formats[0], formats[1], formats[2]),
+                sizes[0],
+                sizes[0] + sizes[1],
+                sum(sizes),
+            )
+        )
+    return tuple(records)
+
+
+def _expert_extent(manifest: Manifest, name: str, expert: int) -> Extent:
+    entry = manifest.tensors[name]
+    rows = entry.shape[1]
+    return entry.rows(expert * rows, (expert + 1) * rows)
+
+
+def expert_parts(record: ExpertRecord, manifest: Manifest, expert: int) -> tuple[Extent, ...]:
+    """What to read for one expert: its slices of gate, up and down."""
+    return tuple(_expert_extent(manifest, name, expert) for name in record.tensors)
+
+
+def measure(need: Need, context: int, tokens: int) -> Sizes:
+    """The sizes that follow from a context length and the most tokens of a pass."""
+    spec = need.spec
+    layers, heads, dim = spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim
+    kv = kv_cache_bytes(layers, heads, dim, context, need.kv_cache_type)
+    per_token = KvLayout(heads, dim, 64, need.kv_cache_type).layer_bytes // 64 * layers
+    rows = max(1, min(tokens, LOGITS_BYTES // (4 * align_up(spec.vocab_size, TILE_ROWS))))
+    buffers = run_state_buffers(
+        spec, need.inputs, tokens=tokens, logit_rows=rows,
+        scratch_bytes=scratch_bytes(spec, need.threads),
+    )  # fmt: skip
+    why = f"{context} tokens x {format_bytes(per_token)} ({need.kv_cache_type})"
+    return Sizes(
+        kv_bytes=kv,
+        kv_why=why,
+        activation_bytes=sum(align_up(b.nbytes, 64) for b in buffers) + 64 * KIB,
+        table_bytes=align_up(4 * context * spec.rope_dim, 64),
+        logit_rows=rows,
+    )
+
+
+def scratch_bytes(spec: ModelSpec, threads: int) -> int:
+    """What the attention kernel needs beside its inputs, for all threads."""
+    return threads * attention_scratch_bytes(
+        spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    )
+
+
+def choose_resident(tiles: Sequence[TilePlan], room: int, slots: int) -> tuple[bool, ...]:
+    """Which tiles stay in `room` bytes: the head first, then spread evenly, then what still fits.
+
+    A ring needs more streamed tiles than slots, so either nothing or more than `slots` is streamed.
+    """
+    total = sum(t.nbytes for t in tiles)
+    if total <= room:
+        return tuple(True for _ in tiles)
+    keep = [False] * len(tiles)
+    left = room
+    head = sum(t.nbytes for t in tiles if t.is_head)
+    if head <= left:
+        keep = [t.is_head for t in tiles]
+        left -= head
+        total -= head
+    share = left / total if total else 0.0
+    owed = 0.0
+    for i, tile in enumerate(tiles):
+        if keep[i]:
+            continue
+        owed += tile.nbytes * share
+        if owed >= tile.nbytes and tile.nbytes <= left:
+            keep[i] = True
+            owed -= tile.nbytes
+            left -= tile.nbytes
+    for i in sorted(range(len(tiles)), key=lambda i: -tiles[i].nbytes):
+        if not keep[i] and tiles[i].nbytes <= left:
+            keep[i] = True
+            left -= tiles[i].nbytes
+    for i in range(len(tiles)):
+        if len(tiles) - sum(keep) > slots:
+            break
+        keep[i] = False
+    return tuple(keep)

@@ -1,0 +1,82 @@
+"""What a run gives back: token events, a completion, and the figures of the run.
+
+Owns: these records and the hash of logits. Must not know how they come about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Completion", "FinishReason", "MemoryReport", "RunStats", "TokenEvent", "logits_hash"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+def logits_hash(logits: npt.NDArray[np.float32]) -> str:
+    """16 hex digits of the SHA-256 of the logits as little-endian float32: equal bits, equal hash."""
+    return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """The figures of one generation. Rates are 0 where nothing was done."""
+
+    prompt_tokens: int  # of the prompt, reused ones included
+    reused_tokens: int  # of those, already in the KV cache
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    read_bytes: int  # from flash, prefill and decode
+    decode_read_bytes: int
+    read_bytes_per_token: float  # while decoding
+    read_bytes_per_s: float  # while decoding
+    device_bytes_per_s: float  # direct reads, measured when the model was opened; 0 if not streamed
+    stall_share: float  # of decode time that compute waited for weights
+    resident_bytes: int  # weights in memory
+    peak_bytes: int  # of the whole process
+    logits_hash: str  # of the last logits
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token: the text that became certain with it (maybe none yet).
+
+    `token` is None on a last event that only ends the text: end of text, or cancelled.
+    """
+
+    text: str
+    token: int | None
+    index: int  # 0 for the first generated token
+    finish_reason: FinishReason | None = None  # set on the last event only
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: RunStats
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Planned against real memory, in bytes."""
+
+    budget_bytes: int
+    planned: dict[str, int]  # region -> bytes
+    resident_bytes: int  # of the process now
+    peak_bytes: int  # of the process so far

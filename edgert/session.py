@@ -1,0 +1,214 @@
+"""Text in, text out: one timeline of tokens on an engine.
+
+Owns: the loop of prefill, sampling, decoding and stopping, and its figures. Must not know where
+weights are. A `Session` is what the user talks to again and again: its tokens stay, so each turn
+computes only what is new.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgert.config import SamplingParams
+from edgert.errors import CancelledError, ContextError, InputError
+from edgert.machine import peak_bytes
+from edgert.results import (
+    Completion,
+    FinishReason,
+    RunStats,
+    TokenEvent,
+    logits_hash,
+)
+from edgert.sampler import Sampler
+from edgert.stop import StopMatcher
+
+if TYPE_CHECKING:
+    from edgert.engine import Engine
+
+__all__ = ["Completion", "GenerationOptions", "RunStats", "Session", "TokenEvent", "logits_hash"]
+
+Progress = Callable[[int, int], object]  # tokens done, tokens to do
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """What one generation was asked for."""
+
+    sampling: SamplingParams
+    max_tokens: int | None = None  # None: until the text ends or the context is full
+    seed: int | None = None  # None: drawn, and reported in the statistics
+    stop: tuple[str, ...] = ()
+    on_prefill: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise InputError(f"max_tokens is {self.max_tokens}; it must be 0 or more")
+
+
+class _Meter:
+    """The figures of one generation, taken from the engine's counters."""
+
+    def __init__(self, engine: Engine, prompt_tokens: int, reused: int, seed: int) -> None:
+        self._engine = engine
+        self._prompt_tokens = prompt_tokens
+        self._reused = reused
+        self._seed = seed
+        self._start = self._mark()
+        self._decode = self._start
+        self.generated = 0
+        self.hash = ""
+
+    def _mark(self) -> tuple[float, int, float]:
+        return (
+            time.perf_counter(),
+            self._engine.weights.total_read_bytes,
+            self._engine.forward.stats.stall_seconds,
+        )
+
+    def prefill_done(self) -> None:
+        self._decode = self._mark()
+
+    def stats(self) -> RunStats:
+        """The figures so far."""
+        now, read, stalled = self._mark()
+        prefill = self._decode[0] - self._start[0]
+        decode = now - self._decode[0]
+        # The first token comes out of the prefill; each further one is a decode pass.
+        passes = max(self.generated - 1, 0)
+        decode_read = read - self._decode[1] if passes else 0
+        plan = self._engine.plan
+        computed = self._prompt_tokens - self._reused
+        return RunStats(
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=self._reused,
+            generated_tokens=self.generated,
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            prefill_tok_s=computed / prefill if prefill > 0 else 0.0,
+            decode_tok_s=passes / decode if passes and decode > 0 else 0.0,
+            read_bytes=read - self._start[1],
+            decode_read_bytes=decode_read,
+            read_bytes_per_token=decode_read / passes if passes else 0.0,
+            read_bytes_per_s=decode_read / decode if passes and decode > 0 else 0.0,
+            device_bytes_per_s=self._engine.device_bytes_per_s,
+            stall_share=(stalled - self._decode[2]) / decode if passes and decode > 0 else 0.0,
+            resident_bytes=plan.resident_bytes,
+            peak_bytes=peak_bytes(),
+            logits_hash=self.hash,
+            seed=self._seed,
+        )
+
+
+class Session:
+    """One mutable timeline of tokens: prompt and answers so far, and where they end.
+
+    Any number of sessions share an engine and its one KV cache: what the cache holds of this
+    session's tokens is kept, the rest computed again, to the same bits. Not for several threads at
+    once, except `cancel`. Made by `Engine.session`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._cancelled = False
+        self.tokens: list[int] = []
+        self.last_stats: RunStats | None = None
+
+    @property
+    def position(self) -> int:
+        """Number of tokens so far."""
+        return len(self.tokens)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.tokens = []
+
+    def cancel(self) -> None:
+        """Stop the generation under way within one op of one layer; from any thread."""
+        self._cancelled = True
+        self._engine.forward.cancel()
+
+    def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[TokenEvent]:
+        """Append `prompt` to the session and stream what follows.
+
+        The last event carries the finish reason. Closing the iterator ends the generation and
+        keeps the tokens so far. Raises `ContextError` when the prompt leaves no room, `InputError`
+        for an empty session.
+        """
+        engine, self._cancelled = self._engine, False
+        room = engine.plan.context_length - len(self.tokens) - len(prompt)
+        if room < 1:
+            raise ContextError(len(self.tokens) + len(prompt) + 1, engine.plan.context_length)
+        tokens = [*self.tokens, *prompt]
+        if not tokens:
+            raise InputError("the prompt is empty and the model has no BOS token to begin with")
+        self.tokens = tokens
+        sampler = Sampler(options.sampling, options.seed)
+        meter = _Meter(engine, len(tokens), engine.forward.reused(tokens), sampler.seed)
+        limit = room if options.max_tokens is None else min(room, options.max_tokens)
+        yield from self._steps(sampler, StopMatcher(options.stop), meter, limit, options.on_prefill)
+
+    def _steps(
+        self,
+        sampler: Sampler,
+        matcher: StopMatcher,
+        meter: _Meter,
+        limit: int,
+        on_prefill: Progress | None,
+    ) -> Iterator[TokenEvent]:
+        engine, tokens = self._engine, self.tokens
+        decoder = engine.tokenizer.stream_decoder(at_start=False)
+        finish: FinishReason | None = None if limit else "length"
+        try:
+            while True:
+                logits = engine.forward.evaluate(tokens, engine.vocab_size, progress=on_prefill)
+                meter.hash = logits_hash(logits)
+                if meter.generated == 0:
+                    meter.prefill_done()
+                on_prefill = None
+                if finish is not None:
+                    break
+                token = sampler.sample(logits[0], tokens)
+                meter.generated += 1
+                self.last_stats = meter.stats()
+                if token in engine.tokenizer.eos_ids:
+                    finish = "stop"
+                    break
+                tokens.append(token)
+                text = matcher.push(decoder.push(token))
+                if matcher.stopped:
+                    finish = "stop"
+                elif meter.generated >= limit:
+                    finish = "length"
+                if finish is not None:
+                    text += "" if matcher.stopped else matcher.push(decoder.flush())
+                    text += "" if matcher.stopped else matcher.flush()
+                    yield TokenEvent(text, token, meter.generated - 1, finish)
+                    return
+                yield TokenEvent(text, token, meter.generated - 1)
+                if self._cancelled:
+                    raise CancelledError
+            # The end without a token to show: its text is what was still held back.
+            text = matcher.push(decoder.flush()) + matcher.flush()
+            yield TokenEvent(text, None, meter.generated, finish)
+        except CancelledError:
+            text = matcher.push(decoder.flush()) + matcher.flush()
+            yield TokenEvent(text, None, meter.generated, "cancelled")
+        finally:
+            self.last_stats = meter.stats()
+            engine.last_stats = self.last_stats
+
+
+def complete(events: Iterator[TokenEvent], session: Session) -> Completion:
+    """All events of a generation as one completion."""
+    text, tokens, reason = "", [], "cancelled"
+    for event in events:
+        text += event.text
+        if event.token is not None:
+            tokens.append(event.token)
+        if event.finish_reason is not None:
+            reason = event.finish_reason
+    assert session.last_stats is not None
+    return Completion(text, tuple(tokens), reason, session.last_stats)

@@ -1,0 +1,252 @@
+"""The routed experts of a layer, walked by the thread team: sort, resolve, compute in waves.
+
+Owns: grouping (token, choice) pairs by expert, finding resident experts without leaving compiled
+code, asking for the missing ones, and computing whatever has arrived while the rest is on its way.
+Must not know how a record is read or which one is evicted (storage/expert_streamer.py).
+
+    gate, up = W_gate[e] h[t], W_up[e] h[t]      act = silu(gate) * up      out[t, j] = W_down[e] act
+
+Each (token, choice) pair has its own output row, summed in router order afterwards (moe.py), so the
+order in which experts arrive never reaches the result.
+"""
+
+from __future__ import annotations
+
+from edgert.kernels_cpu import rows
+from edgert.kernels_cpu.atomic import (
+    atomic_add,
+    call_matmul,
+    call_op,
+    load_acquire,
+    load_int,
+    notify,
+    now_ns,
+    store_int,
+    store_release,
+)
+from edgert.kernels_cpu.jit import inline
+from edgert.kernels_cpu.waiting import barrier, relax, stopped
+
+__all__ = ["group_pairs", "run_experts"]
+
+
+@inline
+def arg(op, index):  # type: ignore[no-untyped-def]
+    """Field `index` of an op row, frame, or descriptor."""
+    return load_int(op + 8 * index)
+
+
+@inline
+def group_pairs(op, frame, streams):  # type: ignore[no-untyped-def]
+    """Sort the layer's (token, choice) pairs by expert, resolve hits, ask for the misses.
+
+    One thread. Group g gets (first pair, pair count) at S_GROUPS; pairs get their token and their
+    id token * k + j, ascending within a group. An expert is one group however many tokens chose it.
+    """
+    layer = arg(op, rows.G_LAYER)
+    ids = arg(op, rows.G_IDS)
+    k = arg(op, rows.G_TOP_K)
+    n_experts = arg(op, rows.G_N_EXPERTS)
+    pairs = arg(frame, rows.F_N_TOKENS) * k
+    board = arg(streams, rows.S_BOARD)
+    expert_at = board + 8 * rows.BOARD_ARRAYS
+    state_at = expert_at + 8 * n_experts
+    address_at = state_at + 8 * n_experts
+    table = arg(streams, rows.S_SLOT_ADDRESS) + 8 * layer * n_experts
+    used = arg(streams, rows.S_LAST_USED) + 8 * layer * n_experts
+    group_at = arg(streams, rows.S_GROUPS)
+    token_at = arg(streams, rows.S_PAIR_TOKEN)
+    pair_at = arg(streams, rows.S_PAIR_ID)
+    clock = arg(streams, rows.S_CLOCK) + 1
+    store_int(streams + 8 * rows.S_CLOCK, clock)
+    groups = 0
+    filled = 0
+    for e in range(n_experts):
+        first = filled
+        for p in range(pairs):
+            if arg(ids, p) == e:
+                store_int(token_at + 8 * filled, p // k)
+                store_int(pair_at + 8 * filled, p)
+                filled += 1
+        if filled > first:
+            store_int(group_at + 16 * groups, first)
+            store_int(group_at + 16 * groups + 8, filled - first)
+            store_int(expert_at + 8 * groups, e)
+            store_int(address_at + 8 * groups, arg(table, e))
+            store_int(used + 8 * e, clock)
+            groups += 1
+    store_int(board + 8 * rows.BOARD_LAYER, layer)
+    store_int(board + 8 * rows.BOARD_GROUPS, groups)
+    # States come last: the loader acts on a wanted state only, and reads the rest after it.
+    misses = 0
+    for g in range(groups):
+        if arg(address_at, g) != 0:
+            store_release(state_at + 8 * g, rows.READY)
+        else:
+            misses += 1
+    if misses > 0:
+        for g in range(groups):
+            if arg(address_at, g) == 0:
+                store_release(state_at + 8 * g, rows.WANTED)
+        notify(arg(streams, rows.S_REQUEST_FD), layer)
+    store_int(streams + 8 * rows.S_HITS, arg(streams, rows.S_HITS) + groups - misses)
+    store_int(streams + 8 * rows.S_MISSES, arg(streams, rows.S_MISSES) + misses)
+
+
+@inline
+def collect_wave(streams, n_experts, counters):  # type: ignore[no-untyped-def]
+    """Gather every group that is ready and not yet computed; return how many.
+
+    One thread. Fills S_WAVE (count, pairs, then the groups) and S_WAVE_PAIRS (their pair ids).
+    """
+    board = arg(streams, rows.S_BOARD)
+    state_at = board + 8 * (rows.BOARD_ARRAYS + n_experts)
+    group_at = arg(streams, rows.S_GROUPS)
+    pair_at = arg(streams, rows.S_PAIR_ID)
+    wave = arg(streams, rows.S_WAVE)
+    wave_pairs = arg(streams, rows.S_WAVE_PAIRS)
+    count = 0
+    pairs = 0
+    for g in range(arg(board, rows.BOARD_GROUPS)):
+        if load_acquire(state_at + 8 * g) == rows.READY:
+            store_int(wave + 16 + 8 * count, g)
+            count += 1
+            first = arg(group_at, 2 * g)
+            for p in range(first, first + arg(group_at, 2 * g + 1)):
+                store_int(wave_pairs + 8 * pairs, arg(pair_at, p))
+                pairs += 1
+    store_int(wave, count)
+    store_int(wave + 8, pairs)
+    for phase in range(3):
+        store_int(counters + phase * rows.CELL, 0)
+    return count
+
+
+@inline
+def finish_wave(streams, n_experts):  # type: ignore[no-untyped-def]
+    """Mark the wave's groups done, which frees their slots; return how many groups are left."""
+    board = arg(streams, rows.S_BOARD)
+    state_at = board + 8 * (rows.BOARD_ARRAYS + n_experts)
+    wave = arg(streams, rows.S_WAVE)
+    for i in range(arg(wave, 0)):
+        store_release(state_at + 8 * arg(wave, 2 + i), rows.DONE)
+    wanted = 0
+    left = 0
+    for g in range(arg(board, rows.BOARD_GROUPS)):
+        state = load_acquire(state_at + 8 * g)
+        if state == rows.WANTED:
+            wanted += 1
+        if state != rows.DONE:
+            left += 1
+    if wanted > 0:
+        notify(arg(streams, rows.S_REQUEST_FD), 0)
+    return left
+
+
+@inline
+def multiply_wave(op, streams, cell, gate_up, n_experts):  # type: ignore[no-untyped-def]
+    """One thread's share of the wave's products: gate and up (`gate_up` True), or down.
+
+    Units are row tiles, group by group, gate before up, handed out in chunks.
+    """
+    board = arg(streams, rows.S_BOARD)
+    address_at = board + 8 * (rows.BOARD_ARRAYS + 2 * n_experts)
+    group_at = arg(streams, rows.S_GROUPS)
+    wave = arg(streams, rows.S_WAVE)
+    tiles = arg(op, rows.E_FF_TILES) if gate_up else arg(op, rows.E_HIDDEN_TILES)
+    per_group = 2 * tiles if gate_up else tiles
+    units = arg(wave, 0) * per_group
+    chunk = arg(op, rows.E_CHUNK)
+    while True:
+        unit = atomic_add(cell, chunk)
+        if unit >= units:
+            return
+        last = min(unit + chunk, units)
+        while unit < last:
+            i = unit // per_group
+            within = unit - i * per_group
+            part = within // tiles
+            start = within - part * tiles
+            stop = min(start + last - unit, tiles)
+            g = arg(wave, 2 + i)
+            first = arg(group_at, 2 * g)
+            n = arg(group_at, 2 * g + 1)
+            pair_ids = arg(streams, rows.S_PAIR_ID) + 8 * first
+            record = arg(address_at, g)
+            if gate_up:
+                tokens = arg(streams, rows.S_PAIR_TOKEN) + 8 * first
+                if part == 0:
+                    call_matmul(
+                        arg(op, rows.E_GATE_FN), record, arg(op, rows.E_GATE_X),
+                        arg(op, rows.E_GATE_X_STRIDE), arg(op, rows.E_GATE),
+                        arg(op, rows.E_FF_STRIDE), arg(op, rows.E_HIDDEN), start, stop, n, tokens,
+                        pair_ids, 0, 0,
+                    )  # fmt: skip
+                else:
+                    call_matmul(
+                        arg(op, rows.E_UP_FN), record + arg(op, rows.E_UP_OFFSET),
+                        arg(op, rows.E_UP_X), arg(op, rows.E_UP_X_STRIDE), arg(op, rows.E_UP),
+                        arg(op, rows.E_FF_STRIDE), arg(op, rows.E_HIDDEN), start, stop, n, tokens,
+                        pair_ids, 0, 0,
+                    )  # fmt: skip
+            else:
+                call_matmul(
+                    arg(op, rows.E_DOWN_FN), record + arg(op, rows.E_DOWN_OFFSET),
+                    arg(op, rows.E_ACT), arg(op, rows.E_ACT_STRIDE), arg(op, rows.E_OUT),
+                    arg(op, rows.E_OUT_STRIDE), arg(op, rows.E_FF), start, stop, n, pair_ids,
+                    pair_ids, 0, 0,
+                )  # fmt: skip
+            unit += stop - start
+
+
+@inline
+def activate_wave(op, frame, streams, cell, tid):  # type: ignore[no-untyped-def]
+    """One thread's share of silu(gate) * up over the wave's pairs."""
+    units = arg(arg(streams, rows.S_WAVE), 1) * arg(op, rows.E_SWIGLU_UNITS)
+    while True:
+        unit = atomic_add(cell, 1)
+        if unit >= units:
+            return
+        call_op(
+            arg(op, rows.E_SWIGLU_FN), arg(op, rows.E_SWIGLU_OP), frame, unit, unit + 1, tid
+        )
+
+
+@inline
+def run_experts(op, frame, counters, tid, threads, control, streams):  # type: ignore[no-untyped-def]
+    """Compute every group of the layer, resident ones first, in waves of whatever has arrived.
+
+    Needs three counter cells of its own at the row's COUNTER. False when the run was stopped.
+    """
+    n_experts = arg(op, rows.E_N_EXPERTS)
+    cells = counters + arg(op, rows.COUNTER)
+    left_at = control + rows.C_ROUTED * rows.CELL
+    while True:
+        if tid == 0:
+            begin = now_ns()
+            spins = 0
+            while collect_wave(streams, n_experts, cells) == 0:
+                relax(spins)
+                spins += 1
+                if stopped(control, streams):
+                    return False
+            if spins > 0:
+                stall = control + rows.C_STALL_NS * rows.CELL
+                store_int(stall, load_int(stall) + now_ns() - begin)
+        if not barrier(control, streams, threads):
+            return False
+        multiply_wave(op, streams, cells, True, n_experts)
+        if not barrier(control, streams, threads):
+            return False
+        activate_wave(op, frame, streams, cells + rows.CELL, tid)
+        if not barrier(control, streams, threads):
+            return False
+        multiply_wave(op, streams, cells + 2 * rows.CELL, False, n_experts)
+        if not barrier(control, streams, threads):
+            return False
+        if tid == 0:
+            store_int(left_at, finish_wave(streams, n_experts))
+        if not barrier(control, streams, threads):
+            return False
+        if load_acquire(left_at) == 0:
+            return True

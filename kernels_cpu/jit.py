@@ -1,0 +1,144 @@
+"""How kernels are compiled: the only place with JIT flags and the only one that knows the cache.
+
+Machine code is kept in the user's cache folder under a key made of the text of all kernel sources,
+Numba's version and the CPU features, because Numba's own cache does not notice edits in imported
+modules. Each kernel has one signature and each folder one target, so two processes that compile
+at once write equal entries, and Numba replaces files atomically.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite
+import numba
+import platformdirs
+
+from edgert.kernels_cpu.isa import target_key
+
+__all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "inline", "kernel", "void"]
+
+JIT = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
+_KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
+_F = TypeVar("_F", bound=Callable[..., Any])
+_TYPES = {"i": numba.types.int64, "f": numba.types.float32}
+
+
+def cache_key(folder: Path | None = None) -> str:
+    """20 hex digits that change when any kernel source in `folder`, Numba or the CPU changes."""
+    digest = hashlib.sha256()
+    for path in sorted((folder or Path(__file__).parent).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for part in (numba.__version__, llvmlite.__version__, *target_key()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _prune(root: Path, keep: Path) -> None:
+    """Delete all but the newest cache folders. Errors are ignored: another process may do it."""
+    with contextlib.suppress(OSError):
+        folders = sorted(
+            (p for p in root.iterdir() if p.is_dir() and len(p.name) == 20 and p != keep),
+            key=lambda p: p.stat().st_mtime,
+            reverse=True,
+        )
+        for old in folders[_KEPT_FOLDERS - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@cache
+def cache_folder() -> Path:
+    """Where machine code is kept; a temporary folder, deleted at exit, when not writable.
+
+    The root is `NUMBA_CACHE_DIR` where the user has set it, else the user's cache folder.
+    """
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    root = Path(given) if given else Path(platformdirs.user_cache_dir("edgert", appauthor=False))
+    root /= "kernels"
+    folder = root / cache_key()
+    existed = folder.is_dir()
+    if _writable(folder):
+        if not existed:
+            _prune(root, folder)
+        return folder
+    temporary = Path(tempfile.mkdtemp(prefix="edgert-kernels-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+@contextlib.contextmanager
+def _numba_cache() -> Iterator[None]:
+    """Point Numba at our folder while it picks a place for one function; others keep theirs."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def inline(function: _F) -> _F:
+    """Decorator for a helper that is compiled into the kernels that call it."""
+    compiled: _F = numba.njit(forceinline=True, **JIT)(function)
+    return compiled
+
+
+class Kernel:
+    """One compiled function with a fixed C signature.
+
+    `address` is what an executor calls; calling the object runs the same machine code from Python
+    with the GIL released. Nothing is compiled, or read from the cache, before the first of these.
+    """
+
+    def __init__(self, function: Callable[..., None], signature: Any) -> None:
+        self.py_func = function
+        self.name = function.__name__.strip("_")
+        self.signature = signature
+        self._compiled: Any = None
+
+    def compile(self) -> Kernel:
+        """Compile now, or load from the cache."""
+        if self._compiled is None:
+            with _numba_cache():
+                self._compiled = numba.cfunc(self.signature, cache=True, **JIT)(self.py_func)
+        return self
+
+    @property
+    def address(self) -> int:
+        """Address of the C function."""
+        return int(self.compile()._compiled.address)
+
+    def __call__(self, *args: float) -> None:
+        """Run it. Addresses are not checked."""
+        self.compile()._compiled.ctypes(*args)
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.name})"
+
+
+def void(letters: str) -> Any:
+    """The signature void(...) with one letter for each argument: i int64 or address, f float32."""
+    return numba.types.void(*(_TYPES[letter] for letter in letters))
+
+
+def kernel(signature: Any) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator: `@kernel(void("iiif"))`, or any Numba signature, makes a `Kernel`."""
+    return lambda function: Kernel(function, signature)

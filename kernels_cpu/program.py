@@ -1,0 +1,193 @@
+"""The program of a forward pass: op rows, built once, walked once a call by the thread team.
+
+Owns: turning "multiply this matrix", "run this kernel" into rows of integers. Must not know models:
+what follows what is models/graph.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.kernels_cpu import rows
+from edgert.kernels_cpu.jit import Kernel
+from edgert.kernels_cpu.layout import TILE_ROWS
+from edgert.kernels_cpu.matmul import matmul_kernel
+from edgert.quant.formats import QuantFormat
+
+__all__ = ["Experts", "Matrix", "Program", "ProgramBuilder", "Rows", "Segment"]
+
+
+CHUNK_MAX = 64  # units handed out at once at most
+EXPERT_CHUNK = 4  # row tiles of an expert: small, since few experts share the work
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A buffer of rows: address of the first and bytes between two."""
+
+    address: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive 16-row tiles of a matrix that lie together: resident at `address`, or streamed
+    as tile number `stream_index` (then `address` is 0 and known only when it arrives).
+    """
+
+    tiles: int
+    address: int
+    stream_index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix (rows M, columns K) as its segments from the top row down."""
+
+    format: QuantFormat
+    columns: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of a layer: formats, shapes, and where up and down begin in a record."""
+
+    gate_format: QuantFormat
+    up_format: QuantFormat
+    down_format: QuantFormat
+    hidden_size: int
+    intermediate_size: int
+    up_offset: int
+    down_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Op rows int64 [n_ops, OP_FIELDS] and the bytes of counters they use."""
+
+    rows: npt.NDArray[np.int64]
+    counter_bytes: int
+    kernels: tuple[Kernel, ...]  # kept alive: rows hold their addresses
+
+
+class ProgramBuilder:
+    """Collects rows in execution order; `finish` gives the program."""
+
+    def __init__(self) -> None:
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._kernels: list[Kernel] = []
+        self._cells = 0
+
+    def _row(self, kind: int, kernel: Kernel | None, cells: int = 1) -> npt.NDArray[np.int64]:
+        row = np.zeros(rows.OP_FIELDS, np.int64)
+        row[rows.KIND] = kind
+        row[rows.TILE] = -1
+        row[rows.COUNTER] = self._cells * rows.CELL
+        if kernel is not None:
+            row[rows.FN] = kernel.address
+            self._kernels.append(kernel)
+        self._cells += cells
+        self._rows.append(row)
+        return row
+
+    def barrier(self) -> None:
+        """The next rows may read what the rows so far wrote."""
+        self._rows[-1][rows.FLAGS] |= rows.BARRIER
+
+    def call(
+        self, kernel: Kernel, arguments: Sequence[int], units: int, chunk: int = CHUNK_MAX
+    ) -> None:
+        """Run an op kernel over `units` units for every token, at most `chunk` at a time."""
+        row = self._row(rows.CALL, kernel)
+        row[rows.UNITS] = units
+        row[rows.CHUNK] = chunk
+        row[rows.FLAGS] = rows.PER_TOKEN
+        row[8 : 8 + len(arguments)] = arguments
+
+    def matmul(
+        self,
+        matrix: Matrix,
+        x: Rows,
+        y: Rows,
+        index: int,
+        *,
+        add: bool = False,
+        bias: int = 0,
+        logits: bool = False,
+    ) -> None:
+        """y[t] = W x[t] (+ bias), or y[t] += with `add`, for all tokens or those wanting logits.
+
+        `index` is the address of 0, 1, 2, ... as int64, as long as tokens there can be.
+        """
+        kernel = matmul_kernel(matrix.format)
+        first = 0
+        for segment in matrix.segments:
+            row = self._row(rows.MATMUL, kernel)
+            row[rows.UNITS] = segment.tiles
+            row[rows.CHUNK] = CHUNK_MAX
+            row[rows.FLAGS] = rows.LOGITS if logits else 0
+            row[rows.TILE] = segment.stream_index
+            row[rows.WEIGHT] = segment.address
+            row[rows.M_X], row[rows.M_X_STRIDE] = x.address, x.stride
+            row[rows.M_Y] = y.address + 4 * TILE_ROWS * first
+            row[rows.M_Y_STRIDE] = y.stride
+            row[rows.M_K] = matrix.columns
+            row[rows.M_XI] = row[rows.M_YI] = index
+            row[rows.M_MODE] = int(add)
+            row[rows.M_BIAS] = bias + 4 * TILE_ROWS * first if bias else 0
+            first += segment.tiles
+
+    def group(self, layer: int, expert_ids: int, top_k: int, n_experts: int) -> None:
+        """Sort the layer's routed (token, choice) pairs by expert and ask for missing experts."""
+        row = self._row(rows.GROUP, None)
+        row[rows.G_LAYER], row[rows.G_IDS] = layer, expert_ids
+        row[rows.G_TOP_K], row[rows.G_N_EXPERTS] = top_k, n_experts
+
+    def experts(
+        self,
+        experts: Experts,
+        n_experts: int,
+        inputs: tuple[Rows, Rows, Rows],
+        outputs: tuple[Rows, Rows, Rows],
+        swiglu: tuple[Kernel, int, int],
+    ) -> None:
+        """Gate, up, activation and down of every routed pair.
+
+        `inputs` are read by gate, up and down; `outputs` written by them. `swiglu` is its kernel,
+        the address of its op row and the units of one pair.
+        """
+        kernels = [matmul_kernel(f) for f in (
+            experts.gate_format, experts.up_format, experts.down_format
+        )]  # fmt: skip
+        row = self._row(rows.EXPERTS, None, cells=3)
+        self._kernels += [*kernels, swiglu[0]]
+        gate, up, down = (k.address for k in kernels)
+        (gate_x, up_x, act), (gate_y, up_y, out) = inputs, outputs
+        assert gate_y.stride == up_y.stride
+        ff_tiles = -(-experts.intermediate_size // TILE_ROWS)
+        hidden_tiles = -(-experts.hidden_size // TILE_ROWS)
+        fields = {
+            rows.E_N_EXPERTS: n_experts, rows.E_GATE_FN: gate, rows.E_UP_FN: up,
+            rows.E_DOWN_FN: down, rows.E_UP_OFFSET: experts.up_offset,
+            rows.E_DOWN_OFFSET: experts.down_offset, rows.E_GATE_X: gate_x.address,
+            rows.E_GATE_X_STRIDE: gate_x.stride, rows.E_UP_X: up_x.address,
+            rows.E_UP_X_STRIDE: up_x.stride, rows.E_GATE: gate_y.address, rows.E_UP: up_y.address,
+            rows.E_FF_STRIDE: gate_y.stride, rows.E_ACT: act.address, rows.E_ACT_STRIDE: act.stride,
+            rows.E_OUT: out.address, rows.E_OUT_STRIDE: out.stride,
+            rows.E_HIDDEN: experts.hidden_size, rows.E_FF: experts.intermediate_size,
+            rows.E_FF_TILES: ff_tiles, rows.E_HIDDEN_TILES: hidden_tiles,
+            rows.E_SWIGLU_FN: swiglu[0].address, rows.E_SWIGLU_OP: swiglu[1],
+            rows.E_SWIGLU_UNITS: swiglu[2], rows.E_CHUNK: EXPERT_CHUNK,
+        }  # fmt: skip
+        for field, value in fields.items():
+            row[field] = value
+
+    def finish(self) -> Program:
+        """The program; the last row always ends with a barrier."""
+        self.barrier()
+        return Program(np.stack(self._rows), self._cells * rows.CELL, tuple(self._kernels))

@@ -1,0 +1,58 @@
+"""Op rows and control cells: the integers through which Python and compiled code agree.
+
+Owns: the fields of an op row, of the frame (one call), of the control cells and of the stream
+descriptor. Must not know what runs on either side.
+
+A program is an int64 array [n_ops, OP_FIELDS]. Fields 0-7 are the team's, the rest the kernel's.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CELL", "CONTROL_CELLS", "OP_FIELDS", "STREAM_FIELDS"]
+
+CELL = 64  # bytes between two counters: one cache line each
+OP_FIELDS = 64
+
+# Fields of every row; the arguments of a kernel start at 8 (abi.ARG0).
+FN, KIND, UNITS, CHUNK, FLAGS, TILE, WEIGHT, COUNTER = range(8)
+
+# Kinds of rows.
+CALL, MATMUL, GROUP, EXPERTS = range(4)
+
+# Flags: units are per token; a barrier follows; the rows are those whose logits are asked for.
+PER_TOKEN, BARRIER, LOGITS = 1, 2, 4
+
+# Arguments of a MATMUL row (see matmul.py).
+M_X, M_X_STRIDE, M_Y, M_Y_STRIDE, M_K, M_XI, M_YI, M_MODE, M_BIAS = range(8, 17)
+
+# Arguments of a GROUP row: the layer and where its routing is read.
+G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
+
+# Arguments of an EXPERTS row: kernels, where up and down begin in a record, rows in and out.
+(
+    E_N_EXPERTS, E_GATE_FN, E_UP_FN, E_DOWN_FN, E_UP_OFFSET, E_DOWN_OFFSET,
+    E_GATE_X, E_GATE_X_STRIDE, E_UP_X, E_UP_X_STRIDE, E_GATE, E_UP, E_FF_STRIDE,
+    E_ACT, E_ACT_STRIDE, E_OUT, E_OUT_STRIDE, E_HIDDEN, E_FF, E_FF_TILES, E_HIDDEN_TILES,
+    E_SWIGLU_FN, E_SWIGLU_OP, E_SWIGLU_UNITS, E_CHUNK,
+) = range(8, 33)  # fmt: skip
+
+# Fields of the frame: one call of the team. The first two are known to the op kernels (abi.py).
+F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS = range(5)
+FRAME_FIELDS = 16
+
+# Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights.
+C_COUNT, C_GENERATION, C_STOP, C_STALL_NS, C_ROUTED = range(5)
+CONTROL_CELLS = 8
+
+# Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer.
+(
+    S_READY, S_ADDRESS, S_SLOT_OF, S_FREE_FD, S_FAILED,
+    S_BOARD, S_SLOT_ADDRESS, S_LAST_USED, S_REQUEST_FD, S_EXPERT_FAILED,
+    S_GROUPS, S_PAIR_TOKEN, S_PAIR_ID, S_WAVE, S_WAVE_PAIRS, S_HITS, S_MISSES, S_CLOCK,
+) = range(18)  # fmt: skip
+STREAM_FIELDS = 32
+
+# The board of the expert streamer: layer, number of groups, then expert, state and address of
+# every group as three arrays of n_experts.
+BOARD_LAYER, BOARD_GROUPS, BOARD_ARRAYS = range(3)
+WANTED, READY, DONE, TAKEN = 0, 1, 2, 3

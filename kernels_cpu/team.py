@@ -1,0 +1,105 @@
+"""The thread team's walk: N threads run one list of operations, each inside one compiled call.
+
+Owns: handing out units, waiting for streamed weights and giving their slots back. Must not know
+what the kernels compute, nor Python objects: everything here is an address or a number.
+
+Every thread executes the same rows in order. A row's units are handed out in chunks by an atomic
+counter (measured: dynamic chunks read memory at 57-64 GB/s where a static split reads 43-47). A row
+flagged BARRIER ends with one; rows that only share inputs carry none. A matrix row whose tile is
+streamed waits for it first, and the thread that finishes the tile's last unit hands the slot back
+to the reader threads through a pipe.
+"""
+
+from __future__ import annotations
+
+from edgert.kernels_cpu import rows
+from edgert.kernels_cpu.atomic import atomic_add, call_matmul, call_op, load_int, notify
+from edgert.kernels_cpu.experts import arg, group_pairs, run_experts
+from edgert.kernels_cpu.jit import inline, kernel, void
+from edgert.kernels_cpu.waiting import await_value, barrier, stopped
+
+__all__ = ["run_program"]
+
+
+@inline
+def chunk_of(op, units, threads):  # type: ignore[no-untyped-def]
+    """Units to take at once: about four turns a thread, so that one that lost its core costs little."""
+    return max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
+
+
+@inline
+def run_call(op, frame, counters, tid, threads):  # type: ignore[no-untyped-def]
+    """Take units of an op kernel until none is left."""
+    units = arg(op, rows.UNITS)
+    if arg(op, rows.FLAGS) & rows.PER_TOKEN:
+        units *= arg(frame, rows.F_N_TOKENS)
+    chunk = chunk_of(op, units, threads)
+    function = arg(op, rows.FN)
+    cell = counters + arg(op, rows.COUNTER)
+    while True:
+        start = atomic_add(cell, chunk)
+        if start >= units:
+            return
+        call_op(function, op, frame, start, min(start + chunk, units), tid)
+
+
+@inline
+def run_matmul(op, frame, counters, tid, threads, control, streams):  # type: ignore[no-untyped-def]
+    """Take row tiles of a matrix product, waiting for its weights if they are streamed.
+
+    False when the run was stopped meanwhile.
+    """
+    units = arg(op, rows.UNITS)
+    chunk = chunk_of(op, units, threads)
+    function = arg(op, rows.FN)
+    cell = counters + arg(op, rows.COUNTER)
+    xi = arg(op, rows.M_XI)
+    n = arg(frame, rows.F_N_TOKENS)
+    if arg(op, rows.FLAGS) & rows.LOGITS:
+        n = arg(frame, rows.F_N_LOGITS)
+        xi += 8 * arg(frame, rows.F_FIRST_LOGIT)
+    weight = arg(op, rows.WEIGHT)
+    tile = arg(op, rows.TILE)
+    if tile >= 0:
+        ready = arg(streams, rows.S_READY) + 8 * tile
+        if not await_value(ready, arg(frame, rows.F_PASS) + 1, tid, control, streams):
+            return False
+        weight = load_int(arg(streams, rows.S_ADDRESS) + 8 * tile)
+    while True:
+        start = atomic_add(cell, chunk)
+        if start >= units:
+            return True
+        stop = min(start + chunk, units)
+        call_matmul(
+            function, weight, arg(op, rows.M_X), arg(op, rows.M_X_STRIDE), arg(op, rows.M_Y),
+            arg(op, rows.M_Y_STRIDE), arg(op, rows.M_K), start, stop, n, xi, arg(op, rows.M_YI),
+            arg(op, rows.M_MODE), arg(op, rows.M_BIAS),
+        )  # fmt: skip
+        if tile >= 0 and atomic_add(cell + 8, stop - start) + stop - start == units:
+            slot = load_int(arg(streams, rows.S_SLOT_OF) + 8 * tile)
+            notify(arg(streams, rows.S_FREE_FD), slot)
+
+
+@kernel(void("iiiiiiii"))
+def run_program(tid, threads, control, frame, ops, n_ops, counters, streams):  # type: ignore[no-untyped-def]
+    """Walk rows `ops[0:n_ops]` as thread `tid` of `threads`; the rest are addresses.
+
+    Returns when all rows are done or the run was stopped (`waiting.stopped`); the caller looks.
+    """
+    for i in range(n_ops):
+        op = ops + 8 * rows.OP_FIELDS * i
+        if stopped(control, streams):
+            return
+        kind = arg(op, rows.KIND)
+        if kind == rows.CALL:
+            run_call(op, frame, counters, tid, threads)
+        elif kind == rows.MATMUL:
+            if not run_matmul(op, frame, counters, tid, threads, control, streams):
+                return
+        elif kind == rows.GROUP:
+            if tid == 0:
+                group_pairs(op, frame, streams)
+        elif not run_experts(op, frame, counters, tid, threads, control, streams):
+            return
+        if arg(op, rows.FLAGS) & rows.BARRIER and not barrier(control, streams, threads):
+            return

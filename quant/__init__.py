@@ -1,0 +1,1 @@
+"""Number formats: records, exact dequantisation, quantisers, error metrics."""

@@ -1,0 +1,96 @@
+"""What a block of each number format is: one frozen record per GGML type.
+
+Owns: type ids, block sizes and the arithmetic that ties them. Must not know files or kernels.
+Source: ggml's `ggml-common.h` block structures, whose sizes are asserted here at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from edgert.errors import UnsupportedError
+
+__all__ = ["BY_NAME", "BY_TYPE_ID", "QuantFormat", "format_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantFormat:
+    """A number format: `block_size` consecutive weights of a row are stored in `block_bytes`."""
+
+    name: str  # GGML's name, upper case
+    type_id: int  # GGML's number in a GGUF file
+    block_size: int  # weights
+    block_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for one weight, scales included."""
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def is_float(self) -> bool:
+        """True for the unquantised formats, whose kernels take float32 activations."""
+        return self.block_size == 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row of `columns` weights. `columns` must be a multiple of the block."""
+        assert columns % self.block_size == 0, (self.name, columns)
+        return columns // self.block_size * self.block_bytes
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of `shape` (NumPy order: the last axis is a row)."""
+        return prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+
+def _record(name: str, type_id: int, block_size: int, *parts: int) -> QuantFormat:
+    return QuantFormat(name, type_id, block_size, sum(parts))
+
+
+# Bytes are written as the parts of ggml's struct: scales first, then packed weights.
+_FORMATS = (
+    _record("F32", 0, 1, 4),
+    _record("F16", 1, 1, 2),
+    _record("Q4_0", 2, 32, 2, 16),
+    _record("Q4_1", 3, 32, 2, 2, 16),
+    _record("Q5_0", 6, 32, 2, 4, 16),
+    _record("Q5_1", 7, 32, 2, 2, 4, 16),
+    _record("Q8_0", 8, 32, 2, 32),
+    _record("Q2_K", 10, 256, 16, 64, 2, 2),
+    _record("Q3_K", 11, 256, 32, 64, 12, 2),
+    _record("Q4_K", 12, 256, 2, 2, 12, 128),
+    _record("Q5_K", 13, 256, 2, 2, 12, 32, 128),
+    _record("Q6_K", 14, 256, 128, 64, 16, 2),
+    _record("IQ4_NL", 20, 32, 2, 16),
+    _record("IQ4_XS", 23, 256, 2, 2, 4, 128),
+    _record("BF16", 30, 1, 2),
+    _record("MXFP4", 39, 32, 1, 16),
+)
+
+BY_TYPE_ID: dict[int, QuantFormat] = {f.type_id: f for f in _FORMATS}
+BY_NAME: dict[str, QuantFormat] = {f.name: f for f in _FORMATS}
+
+_BLOCK_BYTES = {
+    "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q2_K": 84, "Q3_K": 110,
+    "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "IQ4_NL": 18, "IQ4_XS": 136, "MXFP4": 17,
+}  # fmt: skip
+for _name, _size in _BLOCK_BYTES.items():
+    assert BY_NAME[_name].block_bytes == _size, _name
+
+# Types GGML defines that edgert does not run, so that a refusal can name them.
+_KNOWN_UNSUPPORTED = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S",
+    22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    35: "TQ2_0", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
+}  # fmt: skip
+
+
+def format_of(type_id: int) -> QuantFormat:
+    """The format with GGML's `type_id`. Raises `UnsupportedError` that names the type."""
+    found = BY_TYPE_ID.get(type_id)
+    if found is None:
+        name = _KNOWN_UNSUPPORTED.get(type_id, "unknown")
+        supported = " ".join(BY_NAME)
+        raise UnsupportedError(f"tensor type {type_id} ({name}) is not one of {supported}")
+    return found

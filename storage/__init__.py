@@ -1,0 +1,1 @@
+"""Bytes from flash into a bounded window: files, arena, slots and the threads that fill them."""

@@ -1,0 +1,242 @@
+"""MoE experts: records read into slots when the router wants them, kept while there is room.
+
+Owns: the slots' contents, the board on which compiled code asks, and the threads that answer.
+Must not know what an expert computes. Lookups of resident experts happen in compiled code, in
+`slot_address`; Python wakes up only for a miss.
+
+The board is int64[2 + 3 * n_experts]: layer, n_groups, then expert[], state[], address[]. One
+layer at a time, in this order, without which a hit could be evicted while it is being noted:
+  1. all groups of the layer before are DONE;
+  2. write layer and expert[]; a group whose `slot_address` is not 0 is a hit: write its address,
+     then state READY;
+  3. write n_groups;
+  4. only now write state WANTED for the misses, and 8 bytes to `request_fd`.
+A WANTED group becomes READY once its address is written. The consumer marks it DONE after use,
+and writes to `request_fd` again when others are still WANTED: its slot may be the one they need.
+The consumer stamps `last_used[layer, expert]` with a clock; the smallest stamp is evicted first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.storage.backend import Backend
+from edgert.storage.expert_cache import plan_admission
+from edgert.storage.manifest import Extent
+from edgert.storage.reader import Bytes, ReaderTeam
+from edgert.storage.window import Window
+
+__all__ = ["DONE", "READY", "WANTED", "ExpertStreamer", "PartsOf", "PlaceExpert"]
+
+WANTED = 0
+READY = 1
+DONE = 2
+
+_WAKE = bytes(8)
+
+PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read
+PlaceExpert = Callable[[int, int, list[Bytes], Bytes], None]  # layer, expert, raw, slot
+
+
+class ExpertStreamer:
+    """Keeps records of `n_layers` x `n_experts` experts in the slots of `window`.
+
+    `parts(layer, expert)` names what to read; `place(layer, expert, raw, slot)` gets the exact
+    bytes of each part and the whole slot, in one of `len(staging)` reader threads, and should
+    release the GIL. Works with any number of slots from 1. One consumer at a time.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        parts: PartsOf,
+        shape: tuple[int, int],
+        window: Window,
+        staging: Sequence[Bytes],
+        place: PlaceExpert,
+    ) -> None:
+        n_layers, n_experts = shape
+        self.shape = (n_layers, n_experts)
+        self.board: npt.NDArray[np.int64] = np.zeros(2 + 3 * n_experts, np.int64)
+        self.expert = self.board[2 : 2 + n_experts]
+        self.state = self.board[2 + n_experts : 2 + 2 * n_experts]
+        self.group_address = self.board[2 + 2 * n_experts :]
+        self.state[:] = DONE
+        self.slot_address: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # 0: not resident
+        self.last_used: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
+        self.loads = 0
+        self._parts = parts
+        self._place = place
+        self._window = window
+        self._team = ReaderTeam(backend, staging, "edgert-expert")
+        self._owner = np.full(window.n_slots, -1, np.int64)  # layer * n_experts + expert
+        self._slot_of = np.full(n_layers * n_experts, -1, np.int64)  # the inverse of `_owner`
+        self._address = self.slot_address.reshape(-1)  # the same memory, by key
+        self._in_flight: dict[int, int] = {}  # key of an expert being read -> its slot
+        self._jobs: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._request_read, self.request_fd = os.pipe()
+        self._closed = False
+
+    @property
+    def failed(self) -> npt.NDArray[np.int64]:
+        """int64[1]: 1 after an error in a thread, until `reset`."""
+        return self._team.failed
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes asked from the backend so far, alignment included."""
+        return self._team.read_bytes
+
+    @property
+    def read_ns(self) -> int:
+        """Time spent in reads, summed over the threads."""
+        return self._team.read_ns
+
+    @property
+    def busy_ns(self) -> int:
+        """Time during which at least one read was under way."""
+        return self._team.busy_ns
+
+    def start(self) -> None:
+        """Begin answering requests."""
+        assert not self._closed and not self._team.running
+        readers = [partial(self._read_jobs, r) for r in range(self._team.n_readers)]
+        self._team.start([self._answer, *readers])
+
+    def raise_if_failed(self) -> None:
+        """Raise the error a thread met (`StorageError` with file and offset for a failed read)."""
+        self._team.raise_if_failed()
+
+    def reset(self) -> None:
+        """After a cancelled or failed pass: wait for reads under way and empty the board.
+
+        Resident experts stay, and no error is pending afterwards. The consumer must have stopped.
+        """
+        assert not self._closed
+        self._halt()
+        self._team.clear()
+        self._in_flight.clear()
+        self._jobs = SimpleQueue()
+        # An expert whose read did not end has lost its old tenant already: its slot is free.
+        lost = (self._slot_of >= 0) & (self._address == 0)
+        self._owner[self._slot_of[lost]] = -1
+        self._slot_of[lost] = -1
+        self.board[1] = 0
+        self.state[:] = DONE
+        self.start()
+
+    def close(self) -> None:
+        """Stop the threads and close the pipe. Idempotent. The consumer must have stopped."""
+        if self._closed:
+            return
+        self._halt()
+        self._closed = True
+        os.close(self._request_read)
+        os.close(self.request_fd)
+
+    def _halt(self) -> None:
+        self._team.stopping = True
+        if self._team.running:
+            os.write(self.request_fd, _WAKE)
+            for _ in range(self._team.n_readers):
+                self._jobs.put(None)
+        self._team.join()
+
+    # ---- the thread that answers requests ---------------------------------------------------
+
+    def _answer(self) -> None:
+        """Sleep in the pipe; one look at the board serves all messages waiting in it."""
+        while True:
+            os.read(self._request_read, 1 << 16)
+            if self._team.stopping:
+                return
+            self._admit()
+
+    def _wanted(self) -> tuple[int, dict[int, int]]:
+        """The layer and the WANTED groups: group -> expert. Called with the lock held.
+
+        The states are read first. A message may be late, and the consumer at its next layer
+        already; but a WANTED group stays so until we answer, and the board with it, so what is
+        read after the state belongs to it.
+        """
+        groups = np.flatnonzero(self.state[: int(self.board[1])] == WANTED).tolist()
+        self._team.fence()
+        return int(self.board[0]), {g: int(self.expert[g]) for g in groups}
+
+    def _grant(self, layer: int, groups: Mapping[int, int]) -> None:
+        """Turn WANTED groups READY whose experts are resident. Called with the lock held."""
+        for group, expert in groups.items():
+            self.group_address[group] = self.slot_address[layer, expert]
+        self._team.fence()
+        self.state[list(groups)] = READY
+
+    def _admit(self) -> None:
+        """Give slots to the groups that want one, as far as there are any."""
+        with self._team.lock:
+            layer, groups = self._wanted()
+            if not groups:
+                return
+            # Loaded since the consumer looked: for another group, or before a reset.
+            here = {g: e for g, e in groups.items() if self.slot_address[layer, e]}
+            if here:
+                self._grant(layer, here)
+            first = layer * self.shape[1]
+            keys = dict.fromkeys(first + e for g, e in groups.items() if g not in here)
+            wanted = [key for key in keys if key not in self._in_flight]
+            plan = plan_admission(wanted, self._owner, self._stamps(), self._busy(layer))
+            for item in plan.admitted:
+                if item.evicted >= 0:
+                    self._address[item.evicted] = 0
+                    self._slot_of[item.evicted] = -1
+                self._owner[item.slot] = item.expert
+                self._slot_of[item.expert] = item.slot
+                self._in_flight[item.expert] = item.slot
+        for item in plan.admitted:
+            self._jobs.put((layer, item.expert - first, item.slot))
+
+    def _stamps(self) -> npt.NDArray[np.int64]:
+        """The stamp of the expert in each slot; free slots get any."""
+        stamps: npt.NDArray[np.int64] = self.last_used.reshape(-1)[self._owner]
+        return stamps
+
+    def _busy(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Slots that may not be taken: being filled, or on the board and not DONE.
+
+        The states are read again, after a WANTED one was seen: the consumer notes its hits before
+        it wants anything, so none can be missed.
+        """
+        busy = np.zeros(self._window.n_slots, np.bool_)
+        busy[list(self._in_flight.values())] = True
+        n_groups = int(self.board[1])
+        on_board = self.expert[:n_groups][self.state[:n_groups] != DONE]
+        slots = self._slot_of[layer * self.shape[1] + on_board]
+        busy[slots[slots >= 0]] = True
+        return busy
+
+    # ---- the threads that read --------------------------------------------------------------
+
+    def _read_jobs(self, reader: int) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None or self._team.stopping:
+                return
+            layer, expert, slot = job
+            raw = self._team.read(reader, self._parts(layer, expert))
+            self._place(layer, expert, raw, self._window.view(slot))
+            self._publish(layer, expert, slot)
+
+    def _publish(self, layer: int, expert: int, slot: int) -> None:
+        """Make an expert visible, and grant it to the groups that want it."""
+        with self._team.lock:
+            self.slot_address[layer, expert] = self._window.address(slot)
+            del self._in_flight[layer * self.shape[1] + expert]
+            self.loads += 1
+            now, groups = self._wanted()
+            if now == layer:
+                self._grant(layer, {g: e for g, e in groups.items() if e == expert})

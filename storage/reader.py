@@ -1,0 +1,175 @@
+"""Reader threads: what the two streamers share.
+
+Owns: a team of threads with one staging buffer each, aligned reads of extents, the hand-over of
+an error to the caller, and the counters. Must not know the order of reads nor where the bytes go.
+
+Threads, not an event loop: `os.preadv` and the repacking release the GIL, so two to four Python
+threads keep a device of several GB/s busy with requests of 1-4 MiB.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.storage.backend import Backend, aligned_range
+from edgert.storage.manifest import Extent
+
+__all__ = ["ReaderTeam", "parts_bytes"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def parts_bytes(parts: Iterable[Extent], alignment: int) -> int:
+    """Bytes of staging that one read of `parts` needs: their aligned ranges side by side."""
+    return sum(aligned_range(p, alignment)[1] for p in parts)
+
+
+class ReaderTeam:
+    """Threads that read, and what has to be shared between them.
+
+    `lock` guards the owner's state as well as the team's. `failed` (int64[1], stable address)
+    becomes 1 once a thread died of an exception: compiled code polls it.
+    """
+
+    def __init__(self, backend: Backend, staging: Sequence[Bytes], name: str) -> None:
+        assert staging, "a team needs a staging buffer for each thread"
+        for buffer in staging:
+            assert buffer.dtype == np.uint8 and buffer.ndim == 1 and buffer.flags.c_contiguous
+            assert buffer.ctypes.data % backend.alignment == 0, "staging is not aligned"
+        self.backend = backend
+        self.lock = threading.Lock()
+        self.failed = np.zeros(1, np.int64)
+        self.stopping = False
+        self._fence = threading.Lock()
+        self._staging = tuple(staging)
+        self._name = name
+        self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._read_bytes = [0] * len(staging)
+        self._read_ns = [0] * len(staging)
+        self._reading = 0  # threads inside `read`
+        self._busy_since = 0
+        self._busy_ns = 0
+
+    @property
+    def n_readers(self) -> int:
+        """Threads that can read at a time."""
+        return len(self._staging)
+
+    @property
+    def running(self) -> bool:
+        """True while there are threads, stopping ones included."""
+        return bool(self._threads)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes asked from the backend so far, alignment included."""
+        return sum(self._read_bytes)
+
+    @property
+    def read_ns(self) -> int:
+        """Time spent in reads, summed over the threads."""
+        return sum(self._read_ns)
+
+    @property
+    def busy_ns(self) -> int:
+        """Time during which at least one read was under way."""
+        with self.lock:
+            under_way = time.perf_counter_ns() - self._busy_since if self._reading else 0
+            return self._busy_ns + under_way
+
+    def start(self, works: Sequence[Callable[[], None]]) -> None:
+        """One thread for each function, which returns when `stopping` is set."""
+        assert not self._threads, "the threads run already"
+        self.stopping = False
+        for i, work in enumerate(works):
+            thread = threading.Thread(
+                target=self._run, args=(work,), name=f"{self._name}-{i}", daemon=True
+            )
+            self._threads.append(thread)
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait for the threads to end. To end them early, set `stopping` and wake them first."""
+        while self._threads:  # a thread leaves the list once joined, so Ctrl-C here is harmless
+            self._threads[-1].join()
+            self._threads.pop()
+
+    def read(self, reader: int, parts: Sequence[Extent]) -> list[Bytes]:
+        """The exact bytes of each part, as views of the staging buffer of `reader`.
+
+        Valid until the next read of that reader. Raises `StorageError`.
+        """
+        staging = self._staging[reader]
+        room = staging.data
+        views: list[Bytes] = []
+        at = 0
+        begin = self._begin()
+        try:
+            for part in parts:
+                offset, nbytes, skip = aligned_range(part, self.backend.alignment)
+                assert at + nbytes <= staging.nbytes, (at, nbytes, staging.nbytes)
+                self.backend.read_into(part.file_index, offset, room[at : at + nbytes])
+                self._read_bytes[reader] += nbytes
+                views.append(staging[at + skip : at + skip + part.nbytes])
+                at += nbytes
+        finally:
+            self._read_ns[reader] += self._end() - begin
+        return views
+
+    def fence(self) -> None:
+        """Order memory for compiled code on other cores: what was written (or read) before is
+        done before what comes after. Taking and releasing a lock twice is a full fence on every
+        CPU, and the only one Python has; x86 alone would not need it."""
+        with self._fence:
+            pass
+        with self._fence:
+            pass
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the first error for the caller and let the other threads end."""
+        with self.lock:
+            if self._error is None:
+                self._error = error
+            self.stopping = True
+        self.failed[0] = 1
+
+    def raise_if_failed(self) -> None:
+        """Raise, in the caller's thread, the exception a reader died of."""
+        if self.failed[0]:
+            assert self._error is not None
+            raise self._error
+
+    def clear(self) -> None:
+        """Forget the error. The threads have been joined."""
+        assert not self._threads
+        self._error = None
+        self.failed[0] = 0
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self.fail(error)
+
+    def _begin(self) -> int:
+        now = time.perf_counter_ns()
+        with self.lock:
+            if self._reading == 0:
+                self._busy_since = now
+            self._reading += 1
+        return now
+
+    def _end(self) -> int:
+        now = time.perf_counter_ns()
+        with self.lock:
+            self._reading -= 1
+            if self._reading == 0:
+                self._busy_ns += now - self._busy_since
+        return now

@@ -1,0 +1,262 @@
+"""Expert slots: the eviction plan, and the streamer with a Python consumer for compiled code."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+from faults import FaultPlan, FaultyBackend, fill
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slots import ALIGNMENT, at_address, pages, wait_for
+
+from edgert.errors import StorageError
+from edgert.storage.backend import MemoryBackend
+from edgert.storage.expert_cache import plan_admission, plan_admission_ref
+from edgert.storage.expert_streamer import DONE, READY, WANTED, ExpertStreamer
+from edgert.storage.manifest import Extent
+from edgert.storage.reader import parts_bytes
+from edgert.storage.window import Window
+
+# ---- admission ----------------------------------------------------------------------------
+
+
+@st.composite
+def caches(draw):
+    n = draw(st.integers(1, 9))
+    owner = draw(st.lists(st.integers(-1, 40), min_size=n, max_size=n))
+    stamps = draw(st.lists(st.integers(0, 6), min_size=n, max_size=n))
+    busy = draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    wanted = draw(st.lists(st.integers(100, 140), unique=True, max_size=12))
+    return wanted, np.array(owner, np.int64), np.array(stamps, np.int64), np.array(busy)
+
+
+@given(caches())
+def test_admission_is_what_its_slow_twin_says(cache):
+    wanted, owner, stamps, busy = cache
+    plan = plan_admission(*cache)
+    assert plan == plan_admission_ref(*cache)
+    slots = [a.slot for a in plan.admitted]
+    assert len(set(slots)) == len(slots) and not busy[slots].any()
+    assert [a.expert for a in plan.admitted] + list(plan.waiting) == wanted
+    if plan.waiting:  # nothing waits while a slot could be had
+        assert len(slots) == int((~busy).sum())
+    assert all(a.evicted == owner[a.slot] for a in plan.admitted)
+
+
+def test_admission_takes_free_slots_then_the_least_recently_used():
+    owner = np.array([5, -1, 6, 7, -1, 8], np.int64)
+    stamps = np.array([30, 0, 10, 20, 0, 5], np.int64)
+    busy = np.array([0, 0, 0, 0, 0, 1], bool)
+    plan = plan_admission([50, 51, 52, 53, 54, 55], owner, stamps, busy)
+    assert [(a.expert, a.slot, a.evicted) for a in plan.admitted] == [
+        (50, 1, -1),
+        (51, 4, -1),
+        (52, 2, 6),
+        (53, 3, 7),
+        (54, 0, 5),
+    ]
+    assert plan.waiting == (55,)
+
+
+# ---- experts ------------------------------------------------------------------------------
+
+N_LAYERS, N_EXPERTS, RECORD = 3, 8, 700
+
+
+class Experts:
+    """An expert streamer over random records of two parts, and its consumer."""
+
+    def __init__(self, n_slots=4, threads=2, plan=None):
+        self.data = fill((N_LAYERS, N_EXPERTS, RECORD), seed=6)
+        self.backend = FaultyBackend(MemoryBackend([self.data.tobytes()], ALIGNMENT), plan)
+        self.window = Window(pages(n_slots * 4096), 4096)
+        need = max(parts_bytes(self.parts(la, e), ALIGNMENT) for la in range(3) for e in range(8))
+        self.streamer = ExpertStreamer(
+            self.backend,
+            self.parts,
+            (N_LAYERS, N_EXPERTS),
+            self.window,
+            [pages(need) for _ in range(threads)],
+            self.place,
+        )
+        self.clock = 0
+        self.hits = self.misses = 0
+
+    def parts(self, layer, expert):
+        first = (layer * N_EXPERTS + expert) * RECORD
+        return Extent(0, first, 300), Extent(0, first + 300, 400)
+
+    def place(self, layer, expert, raw, slot):
+        np.bitwise_xor(np.concatenate(raw), 255, out=slot[:RECORD])
+
+    def check(self, layer, expert, address):
+        got = at_address(self.window, int(address), RECORD)
+        assert got == (self.data[layer, expert] ^ 255).tobytes()
+
+    def compute(self, layer: int, experts: list[int], order: random.Random | None = None) -> bool:
+        """One layer, as compiled code does it; False after a failure."""
+        s = self.streamer
+        s.board[0] = layer
+        s.expert[: len(experts)] = experts
+        misses = []
+        for g, e in enumerate(experts):
+            address = s.slot_address[layer, e]
+            if address:
+                s.group_address[g], s.state[g] = address, READY
+            else:
+                misses.append(g)
+        self.hits += len(experts) - len(misses)
+        self.misses += len(misses)
+        s.board[1] = len(experts)
+        for g in misses:
+            s.state[g] = WANTED
+        if misses:
+            os.write(s.request_fd, bytes(8))
+        left = set(range(len(experts)))
+        while left:
+            if not wait_for(lambda: any(s.state[g] == READY for g in left), s.failed):
+                return False
+            ready = [g for g in left if s.state[g] == READY]
+            g = order.choice(ready) if order else ready[0]
+            self.check(layer, experts[g], s.group_address[g])
+            self.clock += 1
+            s.last_used[layer, experts[g]] = self.clock
+            s.state[g] = DONE
+            left.discard(g)
+            if any(s.state[g] == WANTED for g in left):
+                os.write(s.request_fd, bytes(8))
+        return True
+
+    def resident(self) -> set[tuple[int, int]]:
+        return {(int(a), int(b)) for a, b in np.argwhere(self.streamer.slot_address)}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 4, 8, 24])
+def test_experts_arrive_whole_with_any_number_of_slots(n_slots, threads):
+    moe = Experts(n_slots, threads)
+    s = moe.streamer
+    s.start()
+    rng = random.Random(n_slots)
+    for _ in range(60):
+        for layer in range(N_LAYERS):
+            assert moe.compute(layer, rng.sample(range(N_EXPERTS), rng.randint(1, 8)), rng)
+        addresses = s.slot_address[s.slot_address != 0]
+        assert len(set(addresses.tolist())) == len(addresses) <= n_slots
+    for layer, expert in moe.resident():
+        moe.check(layer, expert, s.slot_address[layer, expert])
+    s.close()
+    s.close()
+    assert s.loads == moe.misses
+    if n_slots == 24:
+        assert s.loads == len(moe.resident()) <= 24
+    assert moe.backend.reads == 2 * s.loads
+    assert RECORD * s.loads <= s.read_bytes <= (RECORD + 4 * ALIGNMENT) * s.loads
+
+
+def test_the_least_recently_used_expert_leaves():
+    moe = Experts(n_slots=3, threads=1)
+    moe.streamer.start()
+    for expert in (0, 1, 2, 0):
+        assert moe.compute(0, [expert])
+    assert moe.resident() == {(0, 0), (0, 1), (0, 2)}
+    assert moe.compute(1, [5])
+    assert moe.resident() == {(0, 0), (0, 2), (1, 5)}
+    assert moe.compute(0, [2, 7])  # 2 is a hit and may not leave; 0 is the oldest other
+    assert moe.resident() == {(0, 2), (0, 7), (1, 5)}
+    assert (moe.hits, moe.misses, moe.streamer.loads) == (2, 5, 5)
+    moe.streamer.close()
+
+
+def test_a_hit_of_the_layer_is_never_evicted_for_its_misses():
+    moe = Experts(n_slots=2, threads=2, plan=FaultPlan(delay_s=0.001))
+    s = moe.streamer
+    s.start()
+    assert moe.compute(0, [3])
+    for others in ([4, 5, 6], [7, 0, 1], [2, 4, 6]):
+        s.last_used[0, 3] = -1  # the oldest by far, but on the board
+        assert moe.compute(0, [*others, 3], random.Random(1))
+    s.close()
+
+
+def test_a_hostile_clock_costs_time_and_nothing_else():
+    """Stamps that lie (random, backwards) change what is evicted, never what is computed."""
+    moe = Experts(n_slots=5, threads=3)
+    s = moe.streamer
+    s.start()
+    rng = random.Random(8)
+    for _ in range(40):
+        s.last_used[:] = [[rng.randint(-(2**62), 2**62) for _ in range(8)] for _ in range(3)]
+        assert moe.compute(rng.randrange(3), rng.sample(range(8), 6), rng)
+    s.close()
+
+
+def test_messages_without_a_request_do_nothing():
+    moe = Experts(n_slots=2)
+    s = moe.streamer
+    s.start()
+    for _ in range(100):
+        os.write(s.request_fd, bytes(8))
+    assert moe.compute(1, [1, 2, 3])
+    assert s.loads == 3 and moe.backend.reads == 6
+    s.close()
+
+
+@pytest.mark.parametrize("n_slots", [1, 3])
+def test_any_failing_expert_read_is_handed_over_and_recovered_from(n_slots):
+    passes = [(0, [1, 2, 3]), (1, [4, 5]), (0, [1, 6])]
+    for n in range(1, 11):
+        moe = Experts(n_slots, threads=2, plan=FaultPlan(fail={n}))
+        s = moe.streamer
+        s.start()
+        assert not all(moe.compute(layer, experts) for layer, experts in passes)
+        with pytest.raises(StorageError, match=f"read {n}"):
+            s.raise_if_failed()
+        s.reset()
+        s.raise_if_failed()
+        for layer, expert in moe.resident():
+            moe.check(layer, expert, s.slot_address[layer, expert])
+        for _ in range(3):
+            assert all(moe.compute(layer, experts) for layer, experts in passes)
+        s.close()
+
+
+def test_reset_with_reads_under_way_keeps_what_is_resident():
+    moe = Experts(n_slots=3, threads=2, plan=FaultPlan(delay_s=0.003))
+    s = moe.streamer
+    s.start()
+    for _ in range(15):
+        assert moe.compute(2, [0, 1])
+        s.board[0], s.board[1] = 1, 3  # ask and walk away
+        s.expert[:3] = [5, 6, 7]
+        s.state[:3] = WANTED
+        os.write(s.request_fd, bytes(8))
+        time.sleep(0.002)
+        s.reset()
+        assert s.board[1] == 0 and (s.state == DONE).all()
+        for layer, expert in moe.resident():
+            moe.check(layer, expert, s.slot_address[layer, expert])
+    assert moe.compute(1, [0, 1, 2, 3, 4, 5, 6, 7])
+    s.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 7), min_size=1, unique=True)),
+        max_size=25,
+    ),
+)
+def test_experts_under_any_sequence(n_slots, threads, sequence):
+    moe = Experts(n_slots, threads)
+    moe.streamer.start()
+    for layer, experts in sequence:
+        assert moe.compute(layer, experts)
+    moe.streamer.close()
+    assert moe.streamer.loads == moe.misses
