@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except (_ReaderLeft, BrokenPipeError):
         code = _reader_left()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is a moment of tidying up
     sys.exit(code)
 
 

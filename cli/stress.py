@@ -130,7 +130,7 @@ def problems(runs: list[BudgetRun]) -> list[str]:
             peak, budget = format_bytes(run.peak_bytes), format_bytes(run.budget_bytes)
             found.append(f"{run.asked}: the peak of {peak} reached the budget of {budget}")
         if run.exit_code != 0:
-            found.append(f"{run.asked}: exit {run.exit_code} {run.message}".rstrip())
+            found.append(f"{run.asked}: exit {run.exit_code}, {run.message}".rstrip(", "))
         elif run.tokens != good[0].tokens:
             found.append(f"{run.asked}: other tokens than with {good[0].asked}")
         elif run.stats["logits_hash"] != good[0].stats["logits_hash"]:
@@ -207,7 +207,7 @@ def _watch(run: BudgetRun, argv: list[str], group: MemoryGroup | None) -> None:
             run.tokens, run.stats = answer["tokens"], answer["stats"]
         else:
             lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-            run.message = next((line for line in lines if line.startswith("error:")), "")
+            run.message = next((x[7:] for x in lines if x.startswith("error: ")), "")
             run.message = run.message or (lines[-1] if lines else "")
 
 

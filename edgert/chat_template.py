@@ -34,12 +34,14 @@ def render_chat(
     bos_token: str = "",
     eos_token: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
+    guard: Callable[[str], str] | None = None,
     **kwargs: Any,
 ) -> str:
     """The prompt for `messages`, each with "role" and "content" (a text, or a list of text parts).
 
     `template` None is `DEFAULT_TEMPLATE`. Other keys of a message and `kwargs` reach the template
-    unchanged. The result holds control tokens by name: encode it with `special=True`.
+    unchanged. The result holds control tokens by name: encode it with `special=True`. `guard`
+    (`Tokenizer.guard`) is applied to all texts in messages and tools, so that none forges a token.
     Raises `InputError` for messages that are malformed or that the template refuses, and
     `ModelError` for a template that is broken or goes beyond its limits.
     """
@@ -48,6 +50,9 @@ def render_chat(
     from edgert.chat_sandbox import ALLOWANCE, Allowance, LimitError, RefusedError
 
     checked = [_checked_message(i, message) for i, message in enumerate(messages)]
+    if guard is not None:
+        checked = _guarded(checked, guard)
+        tools = _guarded(tools, guard)
     values = {
         "messages": checked,
         "add_generation_prompt": add_generation_prompt,
@@ -73,6 +78,17 @@ def render_chat(
     except Exception as error:  # a template may fail in as many ways as a Python program
         kind = type(error).__name__
         raise ModelError(f"the chat template failed ({kind}): {_line(error)}") from None
+
+
+def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
+    """A copy in which `guard` was applied to every text at any depth, keys included."""
+    if isinstance(value, str):
+        return guard(value)
+    if isinstance(value, Mapping):
+        return {_guarded(k, guard): _guarded(v, guard) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_guarded(item, guard) for item in value]
+    return value
 
 
 def _now(form: str) -> str:

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from edgert.units import MIB
 __all__ = ["KernelSet", "compile_apart", "is_compiled"]
 
 SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
+_ALL = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +85,12 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
     one_by_one = budget_bytes is not None and budget_bytes < SMALL_BUDGET
     done, total, folder = 0, 1, ""
     while done < total:
-        stop = done + 1 if one_by_one else 2**20
-        before = done
-        for name, done, total in _child(wanted, done, stop):
-            if name == "=":
-                done = min(stop, total)
-            elif name.startswith("="):
-                folder = name[1:]
-            else:
-                yield name, done, total
-        if done == before:
+        stop = done + 1 if one_by_one else _ALL
+        ended = yield from _child(wanted, done, stop)
+        if ended is None:
             return
+        folder, total = ended
+        done = min(stop, total)
     _write_stamp(_stamp(wanted), folder)
 
 
@@ -104,34 +100,37 @@ def _can_start_python() -> bool:
     return "python" in name and not getattr(sys, "frozen", False)
 
 
-def _child(wanted: KernelSet, first: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """The progress of one child: (kernel, its number, number of kernels), at the end the cache
-    folder as "=FOLDER" and ("=", ...) once it ended well.
+def _child(
+    wanted: KernelSet, first: int, stop: int
+) -> Generator[tuple[str, int, int], None, tuple[str, int] | None]:
+    """Compile kernels `first` to `stop` in a child, and yield its progress.
+
+    Returns the cache folder and the number of all kernels, or None when the child failed.
     """
     command = [sys.executable, "-P", "-m", "edgert.kernels", str(wanted), str(first), str(stop)]
-    environment = dict(os.environ)
     source = str(Path(__file__).parents[1])
-    paths = [source, environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    paths = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH", "")) if p)
     try:
         child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )  # fmt: skip
     except (OSError, ValueError):
-        return
-    total = 1
+        return None
+    ended = None
     with child:
         assert child.stdout is not None
         try:
             for line in child.stdout:
                 name, number, count = line.rsplit(" ", 2)
-                total = int(count)
-                yield name.replace("= ", "=", 1), int(number), total
+                if name.startswith("= "):
+                    ended = name[2:], int(count)
+                else:
+                    yield name, int(number), int(count)
         except BaseException:  # the caller gave up: Ctrl-C, or the generator was closed
             child.terminate()
             raise
-    if child.returncode == 0:
-        yield "=", total, total
+    return ended if child.returncode == 0 else None
 
 
 def _write_stamp(stamp: Path, folder: str) -> None:

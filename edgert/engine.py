@@ -30,7 +30,6 @@ from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend
-from edgert.storage.device import measure_read_rate
 from edgert.threads import ThreadTeam
 from edgert.tokenizer import Tokenizer
 from edgert.units import KIB, align_up
@@ -92,6 +91,9 @@ class Engine:
         table = self._arena.take("rotary table", 4 * plan.context_length * spec.rope_dim, 64)
         self._arena.seal()
         self._team = ThreadTeam(plan.threads)
+        if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
+            # Before any reader thread runs: the rate must be that of the idle device.
+            self.device_bytes_per_s = self.weights.measure_device(_RATE_SECONDS)
         self.weights.open(
             None if on_progress is None else lambda done, total: on_progress("load", done, total)
         )
@@ -108,10 +110,6 @@ class Engine:
         self.forward = Forward(
             plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
         )
-        if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
-            self.device_bytes_per_s = measure_read_rate(
-                self._backend, threads=plan.reader_threads, seconds=_RATE_SECONDS
-            )
         trim_heap()
 
     def _take_buffers(
@@ -215,20 +213,25 @@ class Engine:
         """Answer a conversation, rendered with the file's own chat template.
 
         `messages`: {"role": "system" | "user" | "assistant", "content": text}; options as in
-        `generate`. What users typed cannot forge control tokens unless the template lets it.
+        `generate`. Names of control tokens in messages are ordinary text: a user can neither end
+        nor forge a turn.
         """
-        text = self.render(messages)
-        return self._run(self.tokenizer.encode(text, add_bos=False, special=True), stream, options)
+        tokenizer = self.tokenizer
+        text = self._render(messages, tokenizer.guard)
+        return self._run(tokenizer.encode(text, add_bos=False, special=True), stream, options)
 
     def render(self, messages: Messages) -> str:
-        """The prompt text of a conversation."""
+        """The prompt text of a conversation, as `chat` gives it to the model."""
+        return self._render(messages, None)
+
+    def _render(self, messages: Messages, guard: Callable[[str], str] | None) -> str:
         tokenizer = self.tokenizer
-        names = [
+        bos, eos = (
             "" if token is None else tokenizer.token_text(token)
             for token in (tokenizer.bos_id, tokenizer.eos_id)
-        ]
+        )
         return render_chat(
-            tokenizer.chat_template, messages, bos_token=names[0], eos_token=names[1]
+            tokenizer.chat_template, messages, bos_token=bos, eos_token=eos, guard=guard
         )
 
     def _run(

@@ -4,8 +4,8 @@
     +-- ModelError             exit 3   the file is missing, damaged or not what it says
     |   +-- FormatError        exit 3   bytes that break the file format (carries file and offset)
     |   +-- TokenizerError     exit 3   the vocabulary cannot be used
-    +-- UnsupportedError       exit 4   sound, but an architecture, type or key edgert cannot run
-    +-- BudgetError            exit 5   the memory budget cannot work (carries the smallest that does)
+    +-- UnsupportedError       exit 4   sound, but asks for what edgert cannot run
+    +-- BudgetError            exit 5   the budget cannot work (carries the smallest that does)
     +-- BudgetExceededError    exit 6   a run was measured above its budget
     +-- StorageError           exit 1   a read failed (carries file and offset)
     +-- InputError             exit 2   an argument, prompt or option that makes no sense

@@ -44,7 +44,13 @@ class Forward:
     """Runs the program. Calls are serialised by `lock`; any thread may call `cancel`."""
 
     def __init__(
-        self, plan: Plan, program: Program, team: ThreadTeam, weights: Weights, x: _F32, logits: _F32
+        self,
+        plan: Plan,
+        program: Program,
+        team: ThreadTeam,
+        weights: Weights,
+        x: _F32,
+        logits: _F32,
     ) -> None:
         self._plan = plan
         self._program = program
@@ -79,7 +85,7 @@ class Forward:
         vocabulary: int,
         *,
         every: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> _F32:
         """Logits of the last token, float32 (1, vocabulary); with `every`, of all: (n, vocabulary).
 

@@ -105,7 +105,11 @@ def load(
     for _ in compile_here(wanted):
         pass
     plan = make_plan(opened, options, process_bytes(opened, measured=True))
-    files = (backend or FileBackend)(opened.manifest.files)
+    manifest = opened.manifest
+    if backend is None:
+        files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
+    else:
+        files = backend(manifest.files)
     return Engine(opened, tokenizer, plan, files, on_progress)
 
 

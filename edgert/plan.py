@@ -279,7 +279,7 @@ def _plan(
         Region("KV cache", sizes.kv_bytes, sizes.kv_why),
         Region("activations", sizes.activation_bytes, f"one pass of {shape.tokens} tokens"),
         Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
-        Region("resident", in_memory, f"{sum(kept.resident)} of {len(tiles)} tiles of the matrices"),
+        Region("resident", in_memory, f"{sum(kept.resident)} of {len(tiles)} matrix tiles"),
         Region("embedding", embedding, "token rows"),
         Region("window", kept.slots * need.slot_bytes, f"{kept.slots} slots for streamed tiles"),
         Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),

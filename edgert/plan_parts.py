@@ -33,7 +33,7 @@ __all__ = [
     "need_of",
 ]
 
-READER_THREADS = 2  # two direct reads in flight reach the rate of the disks measured
+READER_THREADS = 4  # each reads and repacks in turn; the disk must not wait for the repacking
 LOGITS_BYTES = 4 * MIB  # most that the logits of one pass may take
 
 

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 def logits_hash(logits: npt.NDArray[np.float32]) -> str:
-    """16 hex digits of the SHA-256 of the logits as little-endian float32: equal bits, equal hash."""
+    """16 hex digits of SHA-256 over the logits as little-endian float32: equal bits, equal hash."""
     return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest()[:16]
 
 

@@ -203,7 +203,9 @@ class Session:
 
 def complete(events: Iterator[TokenEvent], session: Session) -> Completion:
     """All events of a generation as one completion."""
-    text, tokens, reason = "", [], "cancelled"
+    text = ""
+    tokens: list[int] = []
+    reason: FinishReason = "cancelled"
     for event in events:
         text += event.text
         if event.token is not None:

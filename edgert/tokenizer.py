@@ -7,7 +7,7 @@ Must not know the model or the chat template's language.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +23,13 @@ from edgert.tokenizer_vocab import (
     TokenTable,
     Vocabulary,
     read_flag,
+    tokens_of_kind,
 )
 
 __all__ = ["Tokenizer"]
+
+# A code point that Unicode reserves for use inside a program: no text to be exchanged holds it.
+_GUARD = "\ufdd0"
 
 
 class _Encoder(Protocol):
@@ -56,12 +60,12 @@ class Tokenizer:
         self._space_prefix = space_prefix
         self.add_bos = add_bos
         self.chat_template = chat_template
-        kinds = vocabulary.kinds
-        user = [t for t, kind in enumerate(kinds) if kind == USER_DEFINED]
-        control = [t for t, kind in enumerate(kinds) if kind == CONTROL]
+        user = tokens_of_kind(vocabulary.kinds, USER_DEFINED)
+        control = tokens_of_kind(vocabulary.kinds, CONTROL)
         self._ids_by_text = {self.token_text(t): t for t in user + control}
         self._ids_by_text.pop("", None)
         self._user = _matcher(self.token_text(t) for t in user)
+        self._control = _matcher(self.token_text(t) for t in control)
         self._user_or_control = _matcher(self.token_text(t) for t in user + control)
 
     @classmethod
@@ -152,7 +156,7 @@ class Tokenizer:
         `add_bos`: put BOS before it; None does what the file says (`Tokenizer.add_bos`).
         `special`: also turn the names of control tokens into these tokens. Only for text that the
         program itself made, such as a rendered chat template: never for what a user typed, who
-        could then end or forge a turn. User-defined tokens are always recognised.
+        could then end or forge a turn (see `guard`). User-defined tokens are always recognised.
         Raises `InputError` for a lone surrogate, which no UTF-8 text holds, and where BOS is
         asked for and the vocabulary has none.
         """
@@ -168,16 +172,23 @@ class Tokenizer:
                 f"character {error.start} of the text is the lone surrogate "
                 f"U+{ord(text[error.start]):04X}; pass text that is valid Unicode"
             ) from None
-        matcher = self._user_or_control if special else self._user
-        at = 0
-        for match in matcher.finditer(text) if matcher else ():
-            if match.start() > at:
-                ids += self._encoder.encode(text[at : match.start()])
-            ids.append(self._ids_by_text[match[0]])
-            at = match.end()
-        if at < len(text):
-            ids += self._encoder.encode(text[at:] if at else text)
-        return ids
+        if not special:
+            return ids + self._split(text, self._user, self._encoder.encode)
+        if _GUARD in text:
+            return ids + self._split(text, self._control, self._encode_guarded)
+        return ids + self._split(text, self._user_or_control, self._encoder.encode)
+
+    def guard(self, text: str) -> str:
+        """`text` marked so that `encode(..., special=True)` takes all of it as text.
+
+        For what people and tools say, before it goes into a chat template: the rendered prompt is
+        encoded with its control tokens, and those that a message spells must not be among them.
+        The marks (U+FDD0, inside names of control tokens only) leave no trace in the ids.
+        """
+        text = text.replace(_GUARD, "")
+        if self._control is None:
+            return text
+        return self._control.sub(lambda match: _GUARD.join(match[0]) + _GUARD, text)
 
     def decode(self, ids: Iterable[int], *, special: bool = False, at_start: bool = True) -> str:
         """The text of `ids`, without control tokens unless `special`.
@@ -198,6 +209,27 @@ class Tokenizer:
         """A decoder for ids that arrive one by one; the options are those of `decode`."""
         show = self._shown_special if special else self._shown
         return StreamDecoder(show, at_start and self._space_prefix)
+
+    def _split(
+        self,
+        text: str,
+        matcher: re.Pattern[str] | None,
+        encode: Callable[[str], list[int]],
+    ) -> list[int]:
+        """Ids of the tokens that `matcher` finds, and of the text between them by `encode`."""
+        ids: list[int] = []
+        at = 0
+        for match in matcher.finditer(text) if matcher else ():
+            if match.start() > at:
+                ids += encode(text[at : match.start()])
+            ids.append(self._ids_by_text[match[0]])
+            at = match.end()
+        if at < len(text):
+            ids += encode(text[at:])
+        return ids
+
+    def _encode_guarded(self, text: str) -> list[int]:
+        return self._split(text.replace(_GUARD, ""), self._user, self._encoder.encode)
 
     def _checked(self, token: int) -> int:
         if not 0 <= token < len(self._vocabulary):

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import compress
+
+import numpy as np
 
 from edgert.errors import TokenizerError
 from edgert.pretokenizers import PreTokenizer
 from edgert.tokenizer_merges import PairTable
-from edgert.tokenizer_vocab import CONTROL, UNKNOWN, TokenTable, Vocabulary
+from edgert.tokenizer_vocab import CONTROL, NORMAL, UNKNOWN, UNUSED, TokenTable, Vocabulary
 
 __all__ = ["BpeEncoder", "bpe_pieces", "byte_alphabet"]
 
@@ -31,19 +35,34 @@ def byte_alphabet() -> list[str]:
 
 def bpe_pieces(table: TokenTable) -> list[bytes]:
     """The bytes each token stands for. A text outside the byte alphabet stands for itself."""
-    values = str.maketrans({c: chr(value) for value, c in enumerate(byte_alphabet())})
+    values = {ord(c): chr(value) for value, c in enumerate(byte_alphabet())}
     # Characters that could be mistaken for a byte after translation, yet are none of the alphabet.
     values.update({v: "\uffff" for v in range(256) if v not in values})
+    coded = [kind in (NORMAL, UNUSED) for kind in table.kinds]
+    texts = table.texts
+    try:
+        # All at once: one character is one byte, so lengths tell where each token ends.
+        joined = "".join(compress(texts, coded)).translate(values).encode("latin-1")
+    except UnicodeEncodeError:
+        return [_piece(text, values, code) for text, code in zip(texts, coded, strict=True)]
     pieces = []
-    for text, kind in zip(table.texts, table.kinds, strict=True):
-        if kind in (1, 5):
-            try:
-                pieces.append(text.translate(values).encode("latin-1"))
-                continue
-            except UnicodeEncodeError:
-                pass
-        pieces.append(text.encode("utf-8", "surrogateescape"))
+    at = 0
+    for text, code in zip(texts, coded, strict=True):
+        if code:
+            pieces.append(joined[at : at + len(text)])
+            at += len(text)
+        else:
+            pieces.append(text.encode("utf-8", "surrogateescape"))
     return pieces
+
+
+def _piece(text: str, values: dict[int, str], coded: bool) -> bytes:
+    if coded:
+        try:
+            return text.translate(values).encode("latin-1")
+        except UnicodeEncodeError:
+            pass
+    return text.encode("utf-8", "surrogateescape")
 
 
 class BpeEncoder:
@@ -103,22 +122,30 @@ def _pairs(table: TokenTable, ids: dict[str, int]) -> PairTable:
 
     Merges that make a control token are left out: no text may turn into one.
     """
-    assert table.merges is not None
-    # C arrays: as lists the four columns of 152k merges would take 10 MB while loading.
-    left, right, result, rank = array("i"), array("i"), array("i"), array("i")
-    for i, merge in enumerate(table.merges):
+    merges = table.merges
+    assert merges is not None
+    try:
+        # Three passes, 0.24 s for 151k merges; one loop with four appends takes 0.32 s.
+        left = array("i", [ids[merge[: merge.index(" ")]] for merge in merges])
+        right = array("i", [ids[merge[merge.index(" ") + 1 :]] for merge in merges])
+        result = array("i", [ids[merge.replace(" ", "", 1)] for merge in merges])
+    except (KeyError, ValueError, AttributeError):
+        raise _bad_merge(merges, ids) from None
+    results = np.asarray(result)
+    rank = np.flatnonzero(np.frombuffer(table.kinds, np.uint8)[results] != CONTROL)
+    return PairTable(np.asarray(left)[rank], np.asarray(right)[rank], rank, results[rank])
+
+
+def _bad_merge(merges: Sequence[object], ids: dict[str, int]) -> TokenizerError:
+    """The error for the first merge that cannot be made."""
+    for i, merge in enumerate(merges):
+        where = f"merge {i} of {len(merges):,} ({merge!r})"
+        if not isinstance(merge, str) or " " not in merge:
+            return TokenizerError(f"{where} is not two tokens with a space between them")
         head, _, tail = merge.partition(" ")
-        try:
-            joined = ids[head + tail]
-            pair = ids[head], ids[tail]
-        except KeyError as missing:
-            raise TokenizerError(
-                f"merge {i} of {len(table.merges):,} ({merge!r}) names the token "
-                f"{missing.args[0]!r}, which is not among the {len(ids):,} tokens"
-            ) from None
-        if table.kinds[joined] != CONTROL:
-            left.append(pair[0])
-            right.append(pair[1])
-            result.append(joined)
-            rank.append(i)
-    return PairTable(left, right, rank, result)
+        for name in (head, tail, head + tail):
+            if name not in ids:
+                return TokenizerError(
+                    f"{where} names the token {name!r}, which is not among the {len(ids):,} tokens"
+                )
+    raise AssertionError("every merge is sound")

@@ -28,6 +28,7 @@ __all__ = [
     "TokenTable",
     "Vocabulary",
     "read_flag",
+    "tokens_of_kind",
 ]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -72,7 +73,7 @@ class TokenTable:
         texts = metadata.get("tokenizer.ggml.tokens")
         if texts is None or len(texts) == 0:
             raise TokenizerError("the file has no tokenizer.ggml.tokens; it holds no vocabulary")
-        if not isinstance(texts, (list, tuple)) or not all(type(t) is str for t in texts):
+        if not isinstance(texts, (list, tuple)) or set(map(type, texts)) != {str}:
             raise TokenizerError("tokenizer.ggml.tokens is not a list of texts")
         if len(texts) > _TOKENS_MAX:
             raise TokenizerError(f"{len(texts):,} tokens are more than the {_TOKENS_MAX:,} allowed")
@@ -168,15 +169,17 @@ class SpecialIds:
             if name in ids:
                 table.kinds[ids[name]] = CONTROL
         ends = {ids[name] for name in ("eos", "eot", "eom") if name in ids}
-        named = {
-            table.texts[token]: token
-            for token in range(count)
-            if table.kinds[token] == CONTROL and table.texts[token] in _END_NAMES
-        }
+        control = tokens_of_kind(table.kinds, CONTROL)
+        named = {table.texts[t]: t for t in control if table.texts[t] in _END_NAMES}
         if {"<|end|>", "<|return|>", "<|call|>"} <= named.keys():
             ends.discard(named.pop("<|end|>"))  # harmony: <|end|> closes a message, not the answer
         ends.update(named.values())
         return cls(ids.get("bos"), ids.get("eos"), ids.get("unknown"), frozenset(ends))
+
+
+def tokens_of_kind(kinds: bytes | bytearray, kind: int) -> list[int]:
+    """Ids of all tokens of one kind."""
+    return [int(t) for t in np.flatnonzero(np.frombuffer(kinds, np.uint8) == kind)]
 
 
 class Vocabulary:

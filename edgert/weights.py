@@ -23,6 +23,7 @@ from edgert.plan_parts import Need, TilePlan, expert_parts
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend, aligned_range
+from edgert.storage.device import measure_read_rate
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.streamer import Streamer, Tile
@@ -31,7 +32,7 @@ from edgert.units import align_up
 
 __all__ = ["Weights"]
 
-Progress = Callable[[int, int], None]  # bytes done, bytes to do
+Progress = Callable[[int, int], object]  # bytes done, bytes to do
 _Bytes = npt.NDArray[np.uint8]
 _PAGE = 4096
 
@@ -91,6 +92,16 @@ class Weights:
             self._load_embedding(self._embedding)
         self._start_streamers()
 
+    def measure_device(self, seconds: float) -> float:
+        """Bytes per second the device delivers to the reader threads, with their own buffers."""
+        return measure_read_rate(
+            self._backend,
+            request_bytes=self._plan.staging_bytes,
+            threads=self._plan.reader_threads,
+            seconds=seconds,
+            staging=self._staging,
+        )
+
     def _load_tile(self, tile: TilePlan, free: SimpleQueue[_Bytes]) -> int:
         """Read and place one resident tile; its bytes in the file."""
         staging = free.get()
@@ -105,7 +116,7 @@ class Weights:
         """The exact bytes of an extent, as a view that lasts until the next read."""
         staging = self._staging[0] if into is None else into
         offset, nbytes, skip = aligned_range(extent, self._backend.alignment)
-        self._backend.read_into(extent.file_index, offset, memoryview(staging[:nbytes]))
+        self._backend.read_into(extent.file_index, offset, staging[:nbytes].data)
         with self._lock:
             self.read_bytes += nbytes
         return staging[skip : skip + extent.nbytes]

@@ -2,15 +2,11 @@
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p]) * v[p],   p = 0 .. position of token t
 
-The softmax is online: blocks of 64 positions, at absolute multiples of 64, in order; each block
-moves the running maximum, rescales what was summed and adds its own positions in order. A query's
-arithmetic is therefore fixed by its position alone: not by the chunk it arrives in, by the other
-queries a tile shares loads with, or by the thread.
-
-Dot products run over the dimensions in order, 16 positions side by side; weighted sums run over the
-positions in order, 16 dimensions side by side. Positions after the query's own are never used:
-their scores are replaced before the maximum, their values not read, so a cache may hold anything
-where nothing was written.
+The softmax is online: blocks of 64 positions, at absolute multiples of 64, in order; each moves the
+running maximum, rescales what was summed and adds its positions in order. A query's arithmetic is
+fixed by its position alone: not by the chunk it arrives in, the queries it shares loads with, or
+the thread. Positions after the query's own are never used (their scores are replaced before the
+maximum, their values not read): a cache may hold anything where nothing was written.
 
 Owns: reference, checks, kernels for f16 and f32 caches. Must not know: rotary embedding, threads.
 """
@@ -22,7 +18,7 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
-from edgert.kernels_cpu.abi import N_TOKENS, POSITION
+from edgert.kernels_cpu.abi import N_TOKENS, POSITION, once
 from edgert.kernels_cpu.attention_block import (
     SCORES,
     VECTOR,
@@ -30,7 +26,7 @@ from edgert.kernels_cpu.attention_block import (
     query_bytes,
     reset_query,
 )
-from edgert.kernels_cpu.jit import Kernel, inline, kernel, void
+from edgert.kernels_cpu.jit import Kernel, kernel, void
 from edgert.kernels_cpu.kv_cache import BLOCK, LANES, KvLayout
 from edgert.kernels_cpu.simd import (
     ld_f32,
@@ -77,7 +73,8 @@ def attention_scratch_bytes(n_heads: int, n_kv: int, head_dim: int) -> int:
 def attention_units(n_kv: int, n_tokens: int) -> int:
     """Units of one call: unit u is token u % n_tokens for KV head u // n_tokens.
 
-    Runs of consecutive units share loads of the cache: give chunks of 8 to 16 in prefill.
+    Tokens go in tiles that share loads of the cache; the unit of a tile's first token does them
+    all and the others nothing, so chunks of one unit are right for one token and for many.
     """
     return n_kv * n_tokens
 
@@ -177,7 +174,7 @@ def attention(q: _F32, keys: _KV, values: _KV, position: int, scale: float) -> _
     return out.reshape(T, n_heads, D)
 
 
-@inline
+@once
 def _load_queries(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
     """Copy the queries of `n_tokens` tokens and the heads of one KV head into scratch."""
     D = ld_i64(op + _HEAD_DIM)
@@ -192,7 +189,7 @@ def _load_queries(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch
             reset_query(q, width)
 
 
-@inline
+@once
 def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
     """Divide the weighted sums by the sum of the weights."""
     D = ld_i64(op + _HEAD_DIM)
@@ -211,7 +208,7 @@ def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratc
                 st_f32(row + 4 * (head * D + d), ld_f32(total + 4 * d))
 
 
-@inline
+@once
 def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) -> None:
     n_kv = ld_i64(op + _N_KV)
     D = ld_i64(op + _HEAD_DIM)
@@ -223,11 +220,13 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
     width = ld_i64(op + _WIDTH)
     each = ld_i64(op + _QUERY_BYTES)
     size = 2 if half else 4
-    unit = start
-    while unit < stop:
+    tile = max(TILE_QUERIES // shared, 1)
+    for unit in range(start, stop):
         kv = unit // tokens
         t0 = unit % tokens
-        T = min(max(TILE_QUERIES // shared, 1), min(stop - unit, tokens - t0))
+        if t0 % tile != 0:
+            continue
+        T = min(tile, tokens - t0)
         position = ld_i64(frame + POSITION) + t0
         keys = ld_i64(op + _KEYS) + kv * context * D * size
         values = ld_i64(op + _VALUES) + kv * context * width * size
@@ -249,7 +248,6 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
                         D, width, each, scale, seen, half,
                     )  # fmt: skip
         _store_outputs(op, t0, T, kv, shared, scratch)
-        unit += T
 
 
 @kernel(void("iiiii"))

@@ -57,7 +57,12 @@ def _load_kv(address: int, half: bool) -> F32x16:
 def _scores_of_four(
     q: int, query_bytes: int, keys: int, scores: int, D: int, ahead: int, half: bool
 ) -> None:
-    """64 scores each for four queries: every load of keys serves four of them."""
+    """64 scores each for four queries: every load of keys serves four of them.
+
+    Walking a block in four columns hides its sequence from the hardware prefetcher, so what comes
+    next (from `ahead`: the values; then the next keys) is asked for along the way. Measured: 32
+    heads on 8, one token, context 2048, one Zen 3 core: 5.7 -> 10.5 GB/s of cache.
+    """
     size = 2 if half else 4
     for group in range(4):
         k = keys + group * LANES * size

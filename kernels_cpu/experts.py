@@ -4,7 +4,7 @@ Owns: grouping (token, choice) pairs by expert, finding resident experts without
 code, asking for the missing ones, and computing whatever has arrived while the rest is on its way.
 Must not know how a record is read or which one is evicted (storage/expert_streamer.py).
 
-    gate, up = W_gate[e] h[t], W_up[e] h[t]      act = silu(gate) * up      out[t, j] = W_down[e] act
+    gate, up = W_gate[e] h[t], W_up[e] h[t]    act = silu(gate) * up    out[t, j] = W_down[e] act
 
 Each (token, choice) pair has its own output row, summed in router order afterwards (moe.py), so the
 order in which experts arrive never reaches the result.
@@ -31,13 +31,14 @@ __all__ = ["group_pairs", "run_experts"]
 
 
 @inline
-def arg(op, index):  # type: ignore[no-untyped-def]
+def arg(op: int, index: int) -> int:
     """Field `index` of an op row, frame, or descriptor."""
-    return load_int(op + 8 * index)
+    value: int = load_int(op + 8 * index)
+    return value
 
 
 @inline
-def group_pairs(op, frame, streams):  # type: ignore[no-untyped-def]
+def group_pairs(op: int, frame: int, streams: int) -> None:
     """Sort the layer's (token, choice) pairs by expert, resolve hits, ask for the misses.
 
     One thread. Group g gets (first pair, pair count) at S_GROUPS; pairs get their token and their
@@ -94,7 +95,7 @@ def group_pairs(op, frame, streams):  # type: ignore[no-untyped-def]
 
 
 @inline
-def collect_wave(streams, n_experts, counters):  # type: ignore[no-untyped-def]
+def collect_wave(streams: int, n_experts: int, counters: int) -> int:
     """Gather every group that is ready and not yet computed; return how many.
 
     One thread. Fills S_WAVE (count, pairs, then the groups) and S_WAVE_PAIRS (their pair ids).
@@ -123,7 +124,7 @@ def collect_wave(streams, n_experts, counters):  # type: ignore[no-untyped-def]
 
 
 @inline
-def finish_wave(streams, n_experts):  # type: ignore[no-untyped-def]
+def finish_wave(streams: int, n_experts: int) -> int:
     """Mark the wave's groups done, which frees their slots; return how many groups are left."""
     board = arg(streams, rows.S_BOARD)
     state_at = board + 8 * (rows.BOARD_ARRAYS + n_experts)
@@ -144,7 +145,7 @@ def finish_wave(streams, n_experts):  # type: ignore[no-untyped-def]
 
 
 @inline
-def multiply_wave(op, streams, cell, gate_up, n_experts):  # type: ignore[no-untyped-def]
+def multiply_wave(op: int, streams: int, cell: int, gate_up: bool, n_experts: int) -> None:
     """One thread's share of the wave's products: gate and up (`gate_up` True), or down.
 
     Units are row tiles, group by group, gate before up, handed out in chunks.
@@ -200,7 +201,7 @@ def multiply_wave(op, streams, cell, gate_up, n_experts):  # type: ignore[no-unt
 
 
 @inline
-def activate_wave(op, frame, streams, cell, tid):  # type: ignore[no-untyped-def]
+def activate_wave(op: int, frame: int, streams: int, cell: int, tid: int) -> None:
     """One thread's share of silu(gate) * up over the wave's pairs."""
     units = arg(arg(streams, rows.S_WAVE), 1) * arg(op, rows.E_SWIGLU_UNITS)
     while True:
@@ -213,7 +214,9 @@ def activate_wave(op, frame, streams, cell, tid):  # type: ignore[no-untyped-def
 
 
 @inline
-def run_experts(op, frame, counters, tid, threads, control, streams):  # type: ignore[no-untyped-def]
+def run_experts(
+    op: int, frame: int, counters: int, tid: int, threads: int, control: int, streams: int
+) -> bool:
     """Compute every group of the layer, resident ones first, in waves of whatever has arrived.
 
     Needs three counter cells of its own at the row's COUNTER. False when the run was stopped.

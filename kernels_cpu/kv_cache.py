@@ -19,14 +19,12 @@ import numpy.typing as npt
 from edgert.errors import InputError
 from edgert.units import align_up
 
-__all__ = ["BLOCK", "KV_F16", "KV_F32", "KvLayout", "kv_cache_bytes"]
+__all__ = ["BLOCK", "LANES", "KvLayout", "kv_cache_bytes"]
 
 BLOCK = 64  # positions per block, at absolute multiples of 64
 LANES = 16
-KV_F16 = 0
-KV_F32 = 1
 
-_TYPES = {"f16": KV_F16, "f32": KV_F32}
+_TYPES = ("f16", "f32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +44,6 @@ class KvLayout:
                 f"a KV cache of {self.num_key_value_heads} heads x {self.head_dim} x "
                 f"{self.context} positions is empty; all three must be at least 1"
             )
-
-    @property
-    def type_code(self) -> int:
-        """The type as kernels are told it: KV_F16 or KV_F32."""
-        return _TYPES[self.kv_type]
 
     @property
     def dtype(self) -> np.dtype[np.floating]:

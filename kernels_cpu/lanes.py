@@ -25,12 +25,34 @@ from numba.extending import intrinsic
 
 from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
 from edgert.kernels_cpu.jit import inline
-from edgert.kernels_cpu.simd import bc_f32x8, bc_f32x16, const_of, ld_bf16x8, ld_bf16x16
-from edgert.kernels_cpu.simd import ld_f16x8, ld_f16x16
-from edgert.kernels_cpu.simd import ld_f32x8, ld_f32x16, loader, st_f32x8, st_f32x16
-from edgert.kernels_cpu.simd import vadd, vec, vmul, zero_f32x16
-from edgert.kernels_cpu.vectors import I32, Vec, constant, declare, half_to_float, load, operation
-from edgert.kernels_cpu.vectors import splat
+from edgert.kernels_cpu.simd import (
+    bc_f32x8,
+    bc_f32x16,
+    const_of,
+    ld_bf16x8,
+    ld_bf16x16,
+    ld_f16x8,
+    ld_f16x16,
+    ld_f32x8,
+    ld_f32x16,
+    loader,
+    st_f32x8,
+    st_f32x16,
+    vadd,
+    vec,
+    vmul,
+    zero_f32x16,
+)
+from edgert.kernels_cpu.vectors import (
+    I32,
+    Vec,
+    constant,
+    declare,
+    half_to_float,
+    load,
+    operation,
+    splat,
+)
 
 __all__ = [
     "LANES", "PARTS", "TILE_ROWS", "bc16", "bcL", "bs16", "bsL", "bx16", "bxL", "dot16_scaled",

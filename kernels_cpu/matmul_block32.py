@@ -14,9 +14,30 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES, bc16, bcL, bs16, bsL, bx16, bxL, high_nibbles, ld_f16_16, ld_f16L, ld_w16, ld_wL,
-    low_nibbles, mac_s8, mac_u8, minus8_16, minus8_L, mul_u8, offset_s8, pair_dot, sum_u8,
-    to_float, zero16, zeroL,
+    LANES,
+    bc16,
+    bcL,
+    bs16,
+    bsL,
+    bx16,
+    bxL,
+    high_nibbles,
+    ld_f16_16,
+    ld_f16L,
+    ld_w16,
+    ld_wL,
+    low_nibbles,
+    mac_s8,
+    mac_u8,
+    minus8_16,
+    minus8_L,
+    mul_u8,
+    offset_s8,
+    pair_dot,
+    sum_u8,
+    to_float,
+    zero16,
+    zeroL,
 )  # fmt: skip
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, vadd, vmul

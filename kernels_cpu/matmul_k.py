@@ -16,10 +16,40 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES, bc16, bcL, bs16, bsL, bx16, bxL, dot16_scaled, high_nibbles, ld_f16_16, ld_f16L,
-    ld_pairs16, ld_pairsL, ld_u8f16, ld_u8fL, ld_w16, ld_wL, low_nibbles, mac_u8, mul_u8, ones16,
-    onesL, pair_dot, pair_high, pair_low, q6_bits_0, q6_bits_1, q6_bits_2, q6_bits_3, sum_u8,
-    times32, to_float, zero16, zeroL,
+    LANES,
+    bc16,
+    bcL,
+    bs16,
+    bsL,
+    bx16,
+    bxL,
+    dot16_scaled,
+    high_nibbles,
+    ld_f16_16,
+    ld_f16L,
+    ld_pairs16,
+    ld_pairsL,
+    ld_u8f16,
+    ld_u8fL,
+    ld_w16,
+    ld_wL,
+    low_nibbles,
+    mac_u8,
+    mul_u8,
+    ones16,
+    onesL,
+    pair_dot,
+    pair_high,
+    pair_low,
+    q6_bits_0,
+    q6_bits_1,
+    q6_bits_2,
+    q6_bits_3,
+    sum_u8,
+    times32,
+    to_float,
+    zero16,
+    zeroL,
 )  # fmt: skip
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, fnma, vadd, vmul, vor, vsub
@@ -30,16 +60,6 @@ _Q4_K_BYTES = 2368  # d and dmin of 16 rows, then 4 groups of two sub-blocks:
 _Q4_K_GROUP = 576  # scale, min, scale, min as bytes of 16 rows, 8 x 64: low nibbles, high nibbles
 _Q6_K_BYTES = 3360  # d of 16 rows, then two halves of four sub-blocks:
 _Q6_K_HALF = 1664  # 4 x 16 scale pairs, 16 x 64 low nibble pairs, 8 x 64 high bits
-
-
-@inline
-def _low(v: Any) -> Any:
-    return low_nibbles(v)
-
-
-@inline
-def _high(v: Any) -> Any:
-    return high_nibbles(v)
 
 
 @inline
@@ -56,15 +76,13 @@ def _q4_k_sub1(nibbles: Any, w: Any, scales: Any, d: Any, dmin: Any, a: Any, acc
 @inline
 def _q4_k_tile1(p: Any, K: Any, a: Any) -> Any:
     acc = zero16()
-    for _ in range(K // 256):
-        d, dmin = ld_f16_16(p), ld_f16_16(p + 32)
-        g = p + 64
-        for _group in range(4):
-            acc = _q4_k_sub1(_low, g + 64, g, d, dmin, a, acc)
-            acc = _q4_k_sub1(_high, g + 64, g + 32, d, dmin, a + 40, acc)
-            g += _Q4_K_GROUP
-            a += 80
-        p += _Q4_K_BYTES
+    for g in range(K // 64):
+        block = p + (g >> 2) * _Q4_K_BYTES
+        d, dmin = ld_f16_16(block), ld_f16_16(block + 32)
+        s = block + 64 + (g & 3) * _Q4_K_GROUP
+        acc = _q4_k_sub1(low_nibbles, s + 64, s, d, dmin, a, acc)
+        acc = _q4_k_sub1(high_nibbles, s + 64, s + 32, d, dmin, a + 40, acc)
+        a += 80
     return acc
 
 
@@ -99,21 +117,19 @@ def _q4_k_sub4(
 @inline
 def _q4_k_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
     r0, r1, r2, r3 = zeroL(), zeroL(), zeroL(), zeroL()
-    for _ in range(K // 256):
-        at = p + 2 * LANES * part
+    for g in range(K // 64):
+        block = p + (g >> 2) * _Q4_K_BYTES
+        at = block + 2 * LANES * part
         d, dmin = ld_f16L(at), ld_f16L(at + 32)
-        s, w = p + 64 + LANES * part, p + 128 + 4 * LANES * part
-        for _group in range(4):
-            r0, r1, r2, r3 = _q4_k_sub4(
-                _low, w, s, d, dmin, a0, a1, a2, a3, r0, r1, r2, r3
-            )  # fmt: skip
-            r0, r1, r2, r3 = _q4_k_sub4(
-                _high, w, s + 32, d, dmin, a0 + 40, a1 + 40, a2 + 40, a3 + 40, r0, r1, r2, r3
-            )
-            s += _Q4_K_GROUP
-            w += _Q4_K_GROUP
-            a0, a1, a2, a3 = a0 + 80, a1 + 80, a2 + 80, a3 + 80
-        p += _Q4_K_BYTES
+        group = block + 64 + (g & 3) * _Q4_K_GROUP
+        s, w = group + LANES * part, group + 64 + 4 * LANES * part
+        r0, r1, r2, r3 = _q4_k_sub4(
+            low_nibbles, w, s, d, dmin, a0, a1, a2, a3, r0, r1, r2, r3
+        )  # fmt: skip
+        r0, r1, r2, r3 = _q4_k_sub4(
+            high_nibbles, w, s + 32, d, dmin, a0 + 40, a1 + 40, a2 + 40, a3 + 40, r0, r1, r2, r3
+        )
+        a0, a1, a2, a3 = a0 + 80, a1 + 80, a2 + 80, a3 + 80
     return r0, r1, r2, r3
 
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
-from edgert.kernels_cpu.abi import activation_rows
+from edgert.kernels_cpu.abi import activation_rows, once
 from edgert.kernels_cpu.elementwise import CHUNK, units_per_row
-from edgert.kernels_cpu.jit import inline, kernel, void
+from edgert.kernels_cpu.jit import kernel, void
 from edgert.kernels_cpu.simd import (
     bc_f32x16,
     const_of,
@@ -93,14 +93,14 @@ def moe_route_ref(
     sums: _F32 = np.zeros((T, LANES), np.float32)
     for vector in np.split(p, p.shape[1] // LANES, axis=1):
         sums = sums + vector
-    p = np.divide(p, lane_sum_ref(sums)[:, None], dtype=np.float32)[:, :n_experts]
-    ids = np.argsort(-p, axis=1, kind="stable")[:, :top_k].astype(np.int64)
-    weights = np.take_along_axis(p, ids, axis=1)
+    shares: _F32 = p[:, :n_experts] / lane_sum_ref(sums)[:, None]
+    ids = np.argsort(-shares, axis=1, kind="stable")[:, :top_k].astype(np.int64)
+    weights: _F32 = np.take_along_axis(shares, ids, axis=1)
     if norm_topk:
-        total = np.zeros(T, np.float32)
+        total: _F32 = np.zeros(T, np.float32)
         for j in range(top_k):
             total = total + weights[:, j]
-        weights = weights / np.maximum(total, np.float32(SMALLEST_SUM))[:, None]
+        weights = np.divide(weights, np.maximum(total, SMALLEST_SUM)[:, None], dtype=np.float32)
     return ids, weights * np.float32(scale)
 
 
@@ -128,7 +128,7 @@ _minus_infinity = const_of(vec("f32", 16), [float("-inf")])
 _TAKEN = np.float32(-2)  # below every probability: this expert has been chosen
 
 
-@inline
+@once
 def _softmax(logits: int, n: int) -> None:
     """Replace `n` logits by their probabilities."""
     top = _minus_infinity()
@@ -148,7 +148,7 @@ def _softmax(logits: int, n: int) -> None:
         st_f32x16(logits + i, vdiv(ld_f32x16(logits + i), total))
 
 
-@inline
+@once
 def _take_largest(p: int, n: int) -> int:
     """The first of the largest probabilities not yet taken; the first not taken if all are NaN."""
     best = -1

@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 
 from edgert.kernels_cpu.jit import inline, kernel, void
-from edgert.kernels_cpu.simd import ld_i8, ld_i16, ld_i32, ld_i64, ld_u8, st_i8, st_i16, st_i32
-from edgert.kernels_cpu.simd import stack_buffer
+from edgert.kernels_cpu.simd import (
+    ld_i8,
+    ld_i16,
+    ld_i32,
+    ld_i64,
+    ld_u8,
+    st_i8,
+    st_i16,
+    st_i32,
+    stack_buffer,
+)
 
 __all__ = ["expand_q4_k", "repack_blocks"]
 

@@ -22,13 +22,13 @@ __all__ = ["run_program"]
 
 
 @inline
-def chunk_of(op, units, threads):  # type: ignore[no-untyped-def]
-    """Units to take at once: about four turns a thread, so that one that lost its core costs little."""
+def chunk_of(op: int, units: int, threads: int) -> int:
+    """Units to take at once: four turns a thread, so that one that lost its core costs little."""
     return max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
 
 
 @inline
-def run_call(op, frame, counters, tid, threads):  # type: ignore[no-untyped-def]
+def run_call(op: int, frame: int, counters: int, tid: int, threads: int) -> None:
     """Take units of an op kernel until none is left."""
     units = arg(op, rows.UNITS)
     if arg(op, rows.FLAGS) & rows.PER_TOKEN:
@@ -44,7 +44,9 @@ def run_call(op, frame, counters, tid, threads):  # type: ignore[no-untyped-def]
 
 
 @inline
-def run_matmul(op, frame, counters, tid, threads, control, streams):  # type: ignore[no-untyped-def]
+def run_matmul(
+    op: int, frame: int, counters: int, tid: int, threads: int, control: int, streams: int
+) -> bool:
     """Take row tiles of a matrix product, waiting for its weights if they are streamed.
 
     False when the run was stopped meanwhile.
@@ -81,7 +83,10 @@ def run_matmul(op, frame, counters, tid, threads, control, streams):  # type: ig
 
 
 @kernel(void("iiiiiiii"))
-def run_program(tid, threads, control, frame, ops, n_ops, counters, streams):  # type: ignore[no-untyped-def]
+def run_program(
+    tid: int, threads: int, control: int, frame: int, ops: int, n_ops: int, counters: int,
+    streams: int,
+) -> None:  # fmt: skip
     """Walk rows `ops[0:n_ops]` as thread `tid` of `threads`; the rest are addresses.
 
     Returns when all rows are done or the run was stopped (`waiting.stopped`); the caller looks.

@@ -30,7 +30,7 @@ NAP_US = 50  # the timer slack of Linux: asking for less is not shorter
 
 
 @inline
-def stopped(control, streams):  # type: ignore[no-untyped-def]
+def stopped(control: int, streams: int) -> bool:
     """True when the caller cancelled or a reader thread failed: leave at once."""
     if load_acquire(control + rows.C_STOP * rows.CELL) != 0:
         return True
@@ -38,11 +38,11 @@ def stopped(control, streams):  # type: ignore[no-untyped-def]
     if failed != 0 and load_acquire(failed) != 0:
         return True
     failed = load_int(streams + 8 * rows.S_EXPERT_FAILED)
-    return failed != 0 and load_acquire(failed) != 0
+    return bool(failed != 0 and load_acquire(failed) != 0)
 
 
 @inline
-def relax(spins):  # type: ignore[no-untyped-def]
+def relax(spins: int) -> None:
     """One step of waiting, given the number of steps so far."""
     if spins < SPIN:
         pause()
@@ -53,7 +53,7 @@ def relax(spins):  # type: ignore[no-untyped-def]
 
 
 @inline
-def barrier(control, streams, threads):  # type: ignore[no-untyped-def]
+def barrier(control: int, streams: int, threads: int) -> bool:
     """Wait for the whole team. False when the run was stopped meanwhile."""
     generation_at = control + rows.C_GENERATION * rows.CELL
     generation = load_acquire(generation_at)
@@ -71,7 +71,7 @@ def barrier(control, streams, threads):  # type: ignore[no-untyped-def]
 
 
 @inline
-def await_value(address, value, tid, control, streams):  # type: ignore[no-untyped-def]
+def await_value(address: int, value: int, tid: int, control: int, streams: int) -> bool:
     """Wait until the int64 at `address` is `value` or more; thread 0 counts the time as a stall.
 
     False when the run was stopped meanwhile.

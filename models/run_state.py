@@ -51,7 +51,8 @@ class Inputs:
 
 def inputs_of(formats: Mapping[TensorRole, set[QuantFormat]], quantized: set[str]) -> Inputs:
     """The input forms for the formats found; `quantized` names those that read int8 blocks."""
-    as_float, as_quantized = set(), set()
+    as_float: set[TensorRole] = set()
+    as_quantized: set[TensorRole] = set()
     for role, found in formats.items():
         for fmt in found:
             (as_quantized if fmt.name in quantized else as_float).add(role)

@@ -69,15 +69,28 @@ class FileBackend:
 
     Each file falls back on its own: O_DIRECT (Linux) or F_NOCACHE (macOS), else ordinary reads
     whose pages are dropped right after. `direct` tells whether all files take direct reads.
-    Raises `ModelError` when a file cannot be opened.
+    Raises `ModelError` when a file cannot be opened, or is not as long as `file_bytes` (from the
+    manifest) says: it changed since its header was read.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, direct: bool = True) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        file_bytes: Sequence[int] | None = None,
+        direct: bool = True,
+    ) -> None:
         self._paths = tuple(Path(p) for p in paths)
         self._files: list[_File] = []
         try:
-            for path in self._paths:
+            for i, path in enumerate(self._paths):
                 self._files.append(_File(path, direct))
+                size = self._files[i].size
+                if file_bytes is not None and size != file_bytes[i]:
+                    raise ModelError(
+                        f"{path} is {size:,} bytes long, but was {file_bytes[i]:,} when its "
+                        "header was read; it is being written, so wait and open it again"
+                    )
         except BaseException:
             self.close()
             raise

@@ -98,7 +98,8 @@ class ReaderTeam:
     def join(self) -> None:
         """Wait for the threads to end. To end them early, set `stopping` and wake them first."""
         while self._threads:  # a thread leaves the list once joined, so Ctrl-C here is harmless
-            self._threads[-1].join()
+            if self._threads[-1].ident is not None:  # None: the system refused to start it
+                self._threads[-1].join()
             self._threads.pop()
 
     def read(self, reader: int, parts: Sequence[Extent]) -> list[Bytes]:

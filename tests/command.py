@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from edgert.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 STATS = (
@@ -41,6 +45,28 @@ def edgert(
     return subprocess.CompletedProcess(
         run.args, run.returncode, run.stdout.decode(), run.stderr.decode()
     )
+
+
+def inside(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """As `edgert`, in this process: for what ends before a model is loaded, 1 s faster."""
+    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (stdin, b"", b"")]
+    before, handler = (sys.stdin, sys.stdout, sys.stderr), signal.getsignal(signal.SIGINT)
+    words = [str(argument) for argument in arguments]
+    sys.stdin, sys.stdout, sys.stderr = streams
+    try:
+        main(words)
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        code = end.code
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+        signal.signal(signal.SIGINT, handler)
+    texts = []
+    for stream in streams[1:]:
+        stream.flush()
+        assert isinstance(stream.buffer, io.BytesIO)
+        texts.append(stream.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(words, code, *texts)
 
 
 def assert_error(run: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

@@ -8,6 +8,8 @@ import re
 import signal
 import struct
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 import edgert as library
-from tests.command import STATS, argv, assert_error, edgert, environment
+from tests.command import STATS, argv, assert_error, edgert, environment, inside
 from tests.tiny import build
 
 PROMPT = "the tin hen"
@@ -70,7 +72,7 @@ def test_help_is_this_text() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    run = edgert(command, "-h")
+    run = inside(command, "-h")
     assert run.returncode == 0
     assert run.stdout.startswith(f"Usage: edgert {command} [OPTIONS] [MODEL]\n")
     assert re.search(r"^  [A-Z].*\.$", run.stdout, re.MULTILINE), "no sentence says what it does"
@@ -169,8 +171,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path, bytes], object], int]] = {
     "directory": (lambda path, data: path.mkdir(), 3),
     "empty": (lambda path, data: path.write_bytes(b""), 3),
     "no model": (lambda path, data: path.write_bytes(b"PK\3\4" + data[4:]), 3),
-    "version 1": (lambda path, data: path.write_bytes(data[:4] + b"\1\0\0\0" + data[8:]), 3),
-    "big-endian": (lambda path, data: path.write_bytes(data[:4] + b"\0\0\0\3" + data[8:]), 3),
+    "version 1": (lambda path, data: path.write_bytes(data[:4] + b"\1\0\0\0" + data[8:]), 4),
+    "big-endian": (lambda path, data: path.write_bytes(data[:4] + b"\0\0\0\3" + data[8:]), 4),
     "cut in the header": (lambda path, data: cut(path, data, 0.001), 3),
     "cut in the data": (lambda path, data: cut(path, data, 0.9), 3),
     "2**60 tensors": (
@@ -181,10 +183,8 @@ BAD_FILES: dict[str, tuple[Callable[[Path, bytes], object], int]] = {
         lambda path, data: path.write_bytes(data[:16] + struct.pack("<Q", 2**60) + data[24:]),
         3,
     ),
-    "missing part": (lambda path, data: altered(path, **{}), 0),
     "other architecture": (lambda path, data: altered(path, "mamba"), 4),
 }
-del BAD_FILES["missing part"]
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -193,8 +193,7 @@ def test_bad_files(case: str, tiny_gguf: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     make(path, tiny_gguf.read_bytes())
     for arguments in (("run", path, "-p", PROMPT), ("plan", path), ("logits", path, "--tokens=1")):
-        # an architecture is named by its name, every other fault by the file's
-        assert_error(edgert(*arguments), code, "mamba" if code == 4 else "bad.gguf")
+        assert_error(inside(*arguments), code, "bad.gguf")
 
 
 BAD_OPTIONS: dict[str, tuple[list[str], bytes, int, str]] = {
@@ -220,25 +219,25 @@ BAD_OPTIONS: dict[str, tuple[list[str], bytes, int, str]] = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(case: str, tiny_gguf: Path) -> None:
     options, stdin, code, words = BAD_OPTIONS[case]
-    assert_error(edgert("run", tiny_gguf, *options, stdin=stdin), code, words)
+    assert_error(inside("run", tiny_gguf, *options, stdin=stdin), code, words)
 
 
 def test_other_wrong_use(tiny_gguf: Path, tmp_path: Path) -> None:
-    assert_error(edgert("sing"), 2, "No such command 'sing'")
-    assert_error(edgert("chat", tiny_gguf, "-p", " "), 2, "the prompt is empty")
-    assert_error(edgert("logits", tiny_gguf, "--tokens", "1,x"), 2, "'1,x' is not a list")
-    assert_error(edgert("logits", tiny_gguf, "--tokens", "1,99999"), 2, "99999")
+    assert_error(inside("sing"), 2, "No such command 'sing'")
+    assert_error(inside("chat", tiny_gguf, "-p", " "), 2, "the prompt is empty")
+    assert_error(inside("logits", tiny_gguf, "--tokens", "1,x"), 2, "'1,x' is not a list")
+    assert_error(inside("logits", tiny_gguf, "--tokens", "1,99999"), 2, "99999")
     out = tmp_path / "none" / "x.npy"
-    assert_error(edgert("logits", tiny_gguf, "--tokens", "1", "--out", out), 2, "cannot be written")
+    assert_error(inside("logits", tiny_gguf, "--tokens", "1", "--out", out), 2, "cannot be written")
 
 
 def test_context_beyond_memory(long_gguf: Path) -> None:
-    needed = edgert("plan", long_gguf, "-c", 64, "-b", "1MiB")
+    needed = inside("plan", long_gguf, "-c", 64, "-b", "1MiB")
     smallest = re.search(r"(\d+) MiB \(-b|is (\d+) MiB", needed.stderr)
     assert smallest, needed.stderr
     budget = f"{smallest[1] or smallest[2]}MiB"
-    assert edgert("plan", long_gguf, "-c", 64, "-b", budget).returncode == 0
-    run = edgert("run", long_gguf, "-c", 16384, "-b", budget, "-p", "a")
+    assert inside("plan", long_gguf, "-c", 64, "-b", budget).returncode == 0
+    run = inside("run", long_gguf, "-c", 16384, "-b", budget, "-p", "a")
     assert_error(run, 5, "a shorter --ctx-size needs less")
 
 
@@ -280,52 +279,54 @@ def test_ctrl_c_keeps_what_was_printed(long_gguf: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as Ctrl-C are sent by POSIX systems")
-@pytest.mark.parametrize("delay", [0.05, 0.15, 0.4, 0.8])
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 1.0])
 def test_ctrl_c_at_any_moment(delay: float, long_gguf: Path) -> None:
+    program = "import edgert.__main__ as m; print(flush=True); m.main()"
     options = ("run", long_gguf, "-n", 15000, "-c", 16000, "-p", PROMPT)
     child = subprocess.Popen(
-        argv(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        [sys.executable, "-c", program, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(PYTHONWARNINGS="ignore"),  # an import that is cut off leaves files open
     )
-    try:
-        child.wait(delay)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
+    assert child.stdout and child.stdout.readline()
+    time.sleep(delay)
+    child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
-    assert child.returncode in (130, -signal.SIGINT)  # the latter before Python listens
-    assert b"Traceback" not in errors or b"cli/main" not in errors
+    assert (child.returncode, b"Traceback" in errors) == (130, False), errors.decode()
 
 
 # ----------------------------------------------------------------------------- other commands
 
 
 def test_plan(tiny_gguf: Path) -> None:
-    text = edgert("plan", tiny_gguf, "-b", "1GiB", "-c", 128)
+    text = inside("plan", tiny_gguf, "-b", "1GiB", "-c", 128)
     assert text.returncode == 0 and text.stderr == ""
     assert re.search(r"^KV cache +[\d.]+ [KM]iB  ", text.stdout, re.MULTILINE)
-    plan = json.loads(edgert("plan", tiny_gguf, "-b", "1GiB", "-c", 128, "--json").stdout)
+    plan = json.loads(inside("plan", tiny_gguf, "-b", "1GiB", "-c", 128, "--json").stdout)
     assert plan["feasible"] and plan["budget_bytes"] == 2**30 and plan["context_length"] == 128
     assert sum(region["nbytes"] for region in plan["regions"]) == plan["total_bytes"] <= 2**30
 
 
 def test_a_plan_that_cannot_work(tiny_gguf: Path) -> None:
-    text = edgert("plan", tiny_gguf, "-b", "20MiB")
+    text = inside("plan", tiny_gguf, "-b", "20MiB")
     assert text.returncode == 5
     assert "process" in text.stdout and "total" in text.stdout
     assert re.fullmatch(r"error: memory budget 20.0 MiB is too small: .*\d+ MiB.*\n", text.stderr)
-    facts = json.loads(edgert("plan", tiny_gguf, "-b", "20MiB", "--json").stdout)
+    facts = json.loads(inside("plan", tiny_gguf, "-b", "20MiB", "--json").stdout)
     assert facts["feasible"] is False and facts["floor_bytes"] > 20 * 2**20
 
 
 def test_show(tiny_gguf: Path, tmp_path: Path) -> None:
-    facts = json.loads(edgert("show", tiny_gguf, "--json").stdout)
+    facts = json.loads(inside("show", tiny_gguf, "--json").stdout)
     assert facts["architecture"] == "llama" and facts["tensors"] > 10
     assert sum(f["parameters"] for f in facts["formats"].values()) == facts["parameters"]
     assert set(facts["formats"]) == {"F32", "Q8_0"}
-    text = edgert("show", tiny_gguf)
+    text = inside("show", tiny_gguf)
     assert re.search(r"^architecture +llama$", text.stdout, re.MULTILINE)
     assert text.stderr == ""
     foreign = altered(tmp_path / "foreign.gguf", "mamba")
-    assert json.loads(edgert("show", foreign, "--json").stdout)["architecture"] == "mamba"
+    assert json.loads(inside("show", foreign, "--json").stdout)["architecture"] == "mamba"
 
 
 def test_bench(tiny_gguf: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 
 import numpy as np
@@ -131,6 +132,17 @@ class Experts:
                 os.write(s.request_fd, bytes(8))
         return True
 
+    def check_all(self):
+        """What is resident is right, and the streamer's two indexes agree with it."""
+        s = self.streamer
+        for layer, expert in self.resident():
+            self.check(layer, expert, s.slot_address[layer, expert])
+        owned = {
+            int(key): self.window.address(slot) for slot, key in enumerate(s._owner) if key >= 0
+        }
+        assert owned == {k: int(a) for k, a in enumerate(s.slot_address.flat) if a}
+        assert owned == {k: self.window.address(s) for k, s in enumerate(s._slot_of) if s >= 0}
+
     def resident(self) -> set[tuple[int, int]]:
         return {(int(a), int(b)) for a, b in np.argwhere(self.streamer.slot_address)}
 
@@ -147,8 +159,7 @@ def test_experts_arrive_whole_with_any_number_of_slots(n_slots, threads):
             assert moe.compute(layer, rng.sample(range(N_EXPERTS), rng.randint(1, 8)), rng)
         addresses = s.slot_address[s.slot_address != 0]
         assert len(set(addresses.tolist())) == len(addresses) <= n_slots
-    for layer, expert in moe.resident():
-        moe.check(layer, expert, s.slot_address[layer, expert])
+    moe.check_all()
     s.close()
     s.close()
     assert s.loads == moe.misses
@@ -218,8 +229,7 @@ def test_any_failing_expert_read_is_handed_over_and_recovered_from(n_slots):
             s.raise_if_failed()
         s.reset()
         s.raise_if_failed()
-        for layer, expert in moe.resident():
-            moe.check(layer, expert, s.slot_address[layer, expert])
+        moe.check_all()
         for _ in range(3):
             assert all(moe.compute(layer, experts) for layer, experts in passes)
         s.close()
@@ -238,9 +248,32 @@ def test_reset_with_reads_under_way_keeps_what_is_resident():
         time.sleep(0.002)
         s.reset()
         assert s.board[1] == 0 and (s.state == DONE).all()
-        for layer, expert in moe.resident():
-            moe.check(layer, expert, s.slot_address[layer, expert])
+        moe.check_all()
     assert moe.compute(1, [0, 1, 2, 3, 4, 5, 6, 7])
+    s.close()
+
+
+def test_a_slot_being_filled_is_not_taken_for_another_expert():
+    """The only slot is being filled for a board that is gone when the next expert is wanted."""
+    gate = threading.Event()
+    moe = Experts(n_slots=1, threads=2, plan=FaultPlan(delay_s=lambda n: 0.0 * gate.wait(20)))
+    s = moe.streamer
+    s.start()
+    for layer, expert in ((0, 5), (1, 6)):
+        s.board[0], s.board[1], s.expert[0] = layer, 1, expert
+        s.state[0] = WANTED
+        os.write(s.request_fd, bytes(8))
+        assert wait_for(lambda: s._in_flight, s.failed)
+        time.sleep(0.01)
+    assert list(s._in_flight) == [5]
+    gate.set()
+    assert wait_for(lambda: not s._in_flight, s.failed)
+    moe.check_all()
+    assert moe.resident() == {(0, 5)} and s.state[0] == WANTED
+    os.write(s.request_fd, bytes(8))
+    assert wait_for(lambda: s.state[0] == READY, s.failed)
+    moe.check_all()
+    assert moe.resident() == {(1, 6)}
     s.close()
 
 

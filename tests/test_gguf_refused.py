@@ -179,15 +179,19 @@ def test_absurd_counts_in_a_huge_file_allocate_nothing(tmp_path):
     """With a terabyte of (sparse) zeros behind the header, only the caps can refuse."""
     path = tmp_path / "m.gguf"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    many = (2**18, 2**33)  # below what the header's cap of bytes would refuse, and above
     for how, word in (
-        ({"n_tensors": 2**33}, "tensors, but there is room for 131,072"),
-        ({"n_keys": 2**33}, "metadata keys, but there is room for 65,536"),
+        ("n_tensors", "tensors, but there is room for 131,072"),
+        ("n_keys", "metadata keys, but there is room for 65,536"),
     ):
-        write_gguf(path, SMALL_KEYS, SMALL_TENSORS, **how)
-        os.truncate(path, 2**40)
-        refuse(path, word)
+        for count in many:
+            write_gguf(path, SMALL_KEYS, SMALL_TENSORS, **{how: count})
+            os.truncate(path, 2**40)
+            refuse(path, word)
     for payload, word in (
+        (struct.pack("<IQ", 8, 2**23), "texts in the array 'k', but there is room for 4,194,304"),
         (struct.pack("<IQ", 8, 2**33), "texts in the array 'k', but there is room for 4,194,304"),
+        (struct.pack("<IQ", 4, 2**23), "elements in the array 'k', but there is room for"),
         (struct.pack("<IQ", 12, 2**33), "elements in the array 'k', but there is room for"),
         (struct.pack("<IQ", 8, 2**20) + U64(2**32), "says it is 4,294,967,296 bytes long"),
     ):
@@ -257,7 +261,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_for_longer(tmp_path, seed):
-    flip_bytes(tmp_path / "m.gguf", 30_000, seed=1000 + seed)
+    flip_bytes(tmp_path / "m.gguf", 10_000, seed=1000 + seed)
 
 
 # ---- split models -------------------------------------------------------------------------

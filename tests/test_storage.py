@@ -186,6 +186,17 @@ def test_a_missing_file_is_a_model_error_and_leaks_nothing(blob, tmp_path):
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_file_that_changed_since_its_header_was_read(blob):
+    path, data = blob
+    FileBackend([path], file_bytes=[len(data)]).close()
+    with pytest.raises(ModelError) as info:
+        FileBackend([path], file_bytes=[len(data) + 1])
+    assert str(info.value) == (
+        f"{path} is 41,083 bytes long, but was 41,084 when its header was read; "
+        "it is being written, so wait and open it again"
+    )
+
+
 def cached_pages(path: Path) -> int:
     """Pages of the file that the page cache holds."""
     libc = ctypes.CDLL(None, use_errno=True)

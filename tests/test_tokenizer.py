@@ -1,4 +1,4 @@
-"""Tokenizers: exact ids, round trips, streaming, control tokens, and metadata that is wrong."""
+"""Tokenizers: exact ids, round trips, streaming and control tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gguf_file import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.errors import InputError, TokenizerError, UnsupportedError
-from edgert.pretokenizers import PRETOKENIZERS, pretokenizer_for
+from edgert.errors import InputError
+from edgert.pretokenizers import pretokenizer_for
 from edgert.tokenizer import Tokenizer
 from edgert.tokenizer_merges import PairTable
 
@@ -194,6 +194,41 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, pieces: list[s
     assert not any(tokenizer.is_control(token) for token in ids)
 
 
+@BOTH
+@quick
+@given(
+    pieces=st.lists(
+        st.one_of(
+            st.text(max_size=6),
+            st.sampled_from(["<s>", "</s>", "<|im_end|>", "<|im_", "end|>", "<", ">", "<think>"]),
+            st.sampled_from(["<user>", "\ufdd0", "<|im_start|>"]),
+        ),
+        max_size=10,
+    )
+)
+def test_guarded_text_is_text_in_a_prompt(tokenizer: Tokenizer, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    marks = text.replace("\ufdd0", "")
+    guarded = tokenizer.guard(text)
+    expected = tokenizer.encode(marks, add_bos=False)
+    assert tokenizer.encode(guarded, add_bos=False, special=True) == expected
+    name = "</s>" if tokenizer is SPM_TOKENIZER else "<|im_end|>"
+    end = tokenizer.encode(name, add_bos=False, special=True)
+    prompt = f"{name}{guarded}{name}"
+    assert tokenizer.encode(prompt, add_bos=False, special=True) == end + expected + end
+
+
+def test_guard_holds_where_names_overlap() -> None:
+    names = ["<a>", "<a><b>", "><b", "b>c"]
+    tokens = [*BPE["tokenizer.ggml.tokens"], *names]
+    types = [*BPE["tokenizer.ggml.token_type"], 3, 3, 3, 3]
+    tokenizer = Tokenizer.from_manifest(tiny_vocab.bpe_metadata(tokens=tokens, token_type=types))
+    for text in ("<a><b>c", "<a>b>c", "<<a>><b>cc", "".join(names)):
+        plain = tokenizer.encode(text)
+        assert tokenizer.encode(text, special=True) != plain
+        assert tokenizer.encode(tokenizer.guard(text), special=True) == plain
+
+
 def test_special_parses_control_tokens_and_user_tokens_always() -> None:
     start, end = (BPE["tokenizer.ggml.tokens"].index(f"<|im_{x}|>") for x in ("start", "end"))
     think = BPE["tokenizer.ggml.tokens"].index("<think>")
@@ -219,6 +254,18 @@ def test_an_end_token_typed_as_text_is_still_control() -> None:
     tokenizer = Tokenizer.from_manifest(tiny_vocab.bpe_metadata(token_type=types))
     assert tokenizer.eos_id is not None and tokenizer.is_control(tokenizer.eos_id)
     assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+
+
+def test_merges_never_make_a_control_token() -> None:
+    # A file whose merges spell a control token: the merge is left out, the text stays text.
+    types = np.array(BPE["tokenizer.ggml.token_type"])
+    words = (merge.replace(" ", "") for merge in BPE["tokenizer.ggml.merges"])
+    text = next(word for word in words if word.isascii())
+    token = BPE["tokenizer.ggml.tokens"].index(text)
+    types[token] = tiny_vocab.CONTROL
+    tokenizer = Tokenizer.from_manifest(tiny_vocab.bpe_metadata(token_type=types))
+    assert BPE_TOKENIZER.encode(f"x{text}x")[1:-1] == [token]
+    assert token not in tokenizer.encode(f"x{text}x{text * 9}")
 
 
 def test_bos_follows_the_file_the_family_and_the_caller() -> None:
@@ -271,86 +318,6 @@ def test_stream_marks_bytes_that_are_no_text() -> None:
     assert stream.flush() == "\ufffd"
     a = SPM_TOKENIZER.encode("xa", add_bos=False)[-1]
     assert SPM_TOKENIZER.decode([emoji[0], a]) == "\ufffda"
-
-
-# --- what is refused --------------------------------------------------------------------------
-
-
-def test_unknown_families_are_refused_by_name() -> None:
-    with pytest.raises(
-        UnsupportedError, match="tokenizer.ggml.model is 'bert'; supported: 'llama'"
-    ):
-        Tokenizer.from_manifest(SPM | {"tokenizer.ggml.model": "bert"})
-    with pytest.raises(UnsupportedError, match="unknown pre-tokenizer 'klingon'.*qwen2"):
-        Tokenizer.from_manifest(tiny_vocab.bpe_metadata(pre="klingon"))
-    with pytest.raises(UnsupportedError, match="names no pre-tokenizer"):
-        Tokenizer.from_manifest({k: v for k, v in BPE.items() if not k.endswith(".pre")})
-    assert "tekken" in PRETOKENIZERS
-
-
-def _without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in metadata.items() if k != f"tokenizer.ggml.{key}"}
-
-
-SPM_TOKENS = SPM["tokenizer.ggml.tokens"]
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({}, "no tokenizer.ggml.model"),
-        (_without(SPM, "tokens"), "no tokenizer.ggml.tokens"),
-        (tiny_vocab.spm_metadata(tokens=[]), "no tokenizer.ggml.tokens"),
-        (tiny_vocab.spm_metadata(tokens=np.arange(9)), "not a list of texts"),
-        (_without(SPM, "scores"), "no tokenizer.ggml.scores"),
-        (tiny_vocab.spm_metadata(scores=np.zeros(7, np.float32)), "scores has 7 entries for 410"),
-        (tiny_vocab.spm_metadata(scores=np.full(410, np.nan)), "score of token 0 is not a number"),
-        (tiny_vocab.spm_metadata(token_type=np.zeros(3, np.int32)), "token_type has 3 entries"),
-        (tiny_vocab.spm_metadata(token_type=np.full(410, 9)), "token 0 has the unknown type 9"),
-        (tiny_vocab.spm_metadata(token_type="x"), "not a list of numbers"),
-        (tiny_vocab.spm_metadata(bos_token_id=410), "bos_token_id is 410, .* 410 tokens"),
-        (tiny_vocab.spm_metadata(eos_token_id=-5), "eos_token_id is -5"),
-        (tiny_vocab.spm_metadata(eot_token_id="x"), "eot_token_id is 'x'"),
-        (tiny_vocab.spm_metadata(add_bos_token="yes"), "add_bos_token is 'yes'"),
-        (
-            tiny_vocab.spm_metadata(tokens=[*SPM_TOKENS[:-1], SPM_TOKENS[300]]),
-            "tokens 300 and 409 both have the text",
-        ),
-        (
-            tiny_vocab.spm_metadata(tokens=[*SPM_TOKENS[:3], "<0xZZ>", *SPM_TOKENS[4:]]),
-            "token 3 is a byte token but its text is '<0xZZ>'",
-        ),
-        (_without(BPE, "merges"), "needs tokenizer.ggml.merges"),
-        (tiny_vocab.bpe_metadata(merges=["a b", "q zz"]), "merge [01] of 2 .* names the token"),
-        (tiny_vocab.bpe_metadata(merges=["ab"]), "merge 0 of 1 .'ab'. names the token"),
-        (tiny_vocab.bpe_metadata(add_bos_token=True), "asks for a BOS token"),
-        (SPM | {"tokenizer.chat_template": 3}, "chat_template is not a text"),
-    ],
-)
-def test_inconsistent_metadata_is_refused(metadata: dict[str, Any], message: str) -> None:
-    with pytest.raises(TokenizerError, match=message):
-        Tokenizer.from_manifest(metadata)
-
-
-def test_a_vocabulary_without_bytes_needs_an_unknown_token() -> None:
-    types = np.where(SPM["tokenizer.ggml.token_type"] == 6, 1, SPM["tokenizer.ggml.token_type"])
-    metadata = tiny_vocab.spm_metadata(token_type=types)
-    tokenizer = Tokenizer.from_manifest(metadata)
-    ids = tokenizer.encode("xyza", add_bos=False)
-    assert ids.count(0) == 1 and tokenizer.decode(ids).count("\ufffd") == 1
-    with pytest.raises(TokenizerError, match="0 of 256 byte tokens and no unknown token"):
-        Tokenizer.from_manifest(metadata | {"tokenizer.ggml.unknown_token_id": 2**32 - 1})
-
-
-@BOTH
-def test_bad_input_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"character 2 .* lone surrogate U\+D800"):
-        tokenizer.encode("ab\ud800")
-    for token in (-1, tokenizer.vocab_size):
-        with pytest.raises(InputError, match=f"token {token} is outside the vocabulary"):
-            tokenizer.decode([token])
-        with pytest.raises(InputError, match="outside the vocabulary"):
-            tokenizer.stream_decoder().push(token)
 
 
 # --- parts ------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     python models/demo/report.py --run DIR --text DIR --gguf models/demo/stories-moe.gguf
 
-Needs PyTorch, tokenizers and llama-cpp-python. Prints everything; writes nothing.
+Needs PyTorch, tokenizers and llama-cpp-python. Prints Markdown; with --card it also puts that
+text in place of everything after the card's line "## Measured".
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 __all__: list[str] = []
 
+HEADING = "## Measured"
 BEGINNINGS = ("Once upon a time", "One day, a little bird", "Tom and his sister")
 REQUESTS = (
     "tell me a story about a dog and a red ball",
@@ -33,8 +35,8 @@ REQUESTS = (
 )
 
 
-def windows(net: StoryNet, tokenizer: Tokenizer, text: str) -> None:
-    """Print the perplexity of `text` in 40 windows of <|endoftext|> and 511 tokens."""
+def windows(net: StoryNet, tokenizer: Tokenizer, text: str) -> str:
+    """Return a table line: `text` in 40 windows of <|endoftext|> and 511 tokens."""
     ids = tokenizer.encode(text[:200_000]).ids
     end = tokenizer.token_to_id(END)
     loss, scored = 0.0, []
@@ -44,12 +46,18 @@ def windows(net: StoryNet, tokenizer: Tokenizer, text: str) -> None:
             loss += float(F.cross_entropy(net(row[:, :-1])[0], row[0, 1:], reduction="sum"))
             scored += ids[at : at + 511]
     nbytes = len(tokenizer.decode(scored).encode())
-    print(f"running text: perplexity {math.exp(loss / len(scored)):.3f} over {len(scored)} tokens, "
-          f"{loss / math.log(2) / nbytes:.4f} bits per byte")  # fmt: skip
+    return _line("running text, 40 windows", loss, len(scored), nbytes)
 
 
-def documents(net: StoryNet, tokenizer: Tokenizer, texts: Texts, *, chat: bool) -> torch.Tensor:
-    """Print the perplexity of 300 validation stories, each alone; return the experts' shares."""
+def _line(what: str, loss: float, count: int, nbytes: int) -> str:
+    bits = loss / math.log(2) / nbytes
+    return f"| {what} | {count} | {math.exp(loss / count):.3f} | {bits:.4f} |"
+
+
+def documents(
+    net: StoryNet, tokenizer: Tokenizer, texts: Texts, *, chat: bool
+) -> tuple[str, torch.Tensor]:
+    """Return (a table line, the experts' shares) of 300 validation stories, each alone."""
     loss, count, nbytes, usage = 0.0, 0, 0, []
     with torch.no_grad():
         for ids, head in validation_documents(texts, tokenizer, chat=chat)[:300]:
@@ -60,14 +68,12 @@ def documents(net: StoryNet, tokenizer: Tokenizer, texts: Texts, *, chat: bool) 
             nbytes += len(tokenizer.decode(row[0, head:].tolist()).encode())
             usage.append(net.usage() * row.shape[1])
     shares = torch.stack(usage).sum(0)
-    shares = shares / shares.sum(-1, keepdim=True)
-    print(f"{'requested' if chat else 'plain'} stories: perplexity {math.exp(loss / count):.3f} over "
-          f"{count} tokens, {loss / math.log(2) / nbytes:.4f} bits per byte")  # fmt: skip
-    return shares
+    what = "300 stories after a request" if chat else "300 stories"
+    return _line(what, loss, count, nbytes), shares / shares.sum(-1, keepdim=True)
 
 
-def agreement(net: StoryNet, llama: Llama, tokenizer: Tokenizer, text: str) -> None:
-    """Print how far llama.cpp's logits on the file are from the network's, over 256 tokens."""
+def agreement(net: StoryNet, llama: Llama, tokenizer: Tokenizer, text: str) -> str:
+    """Return how far llama.cpp's logits on the file are from the network's, over 256 tokens."""
     ids = [tokenizer.token_to_id(END), *tokenizer.encode(text).ids[:255]]
     theirs_ids = llama.tokenize(tokenizer.decode(ids[1:]).encode(), add_bos=True, special=False)
     llama.reset()
@@ -76,9 +82,13 @@ def agreement(net: StoryNet, llama: Llama, tokenizer: Tokenizer, text: str) -> N
     with torch.no_grad():
         ours = net(torch.tensor([ids]))[0].numpy()
     same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    print(f"llama.cpp: same tokens {theirs_ids == ids}; logits differ by "
-          f"{np.abs(ours - theirs).max():.2e} at most, {np.sqrt(((ours - theirs) ** 2).mean()):.2e} "
-          f"RMS of {ours.std():.2f}; same best token {same:.4f}")  # fmt: skip
+    away = np.abs(ours - theirs)
+    return (
+        f"This file in llama.cpp against the network in float32, over 256 tokens: token ids "
+        f"{'equal' if theirs_ids == ids else 'NOT equal'}, logits {np.sqrt((away**2).mean()):.4f} "
+        f"RMS apart (their spread is {ours.std():.2f}), at most {away.max():.3f}; the best token "
+        f"is the same at {same:.1%} of the places."
+    )
 
 
 def tell(llama: Llama, prompt: str, *, greedy: bool, seed: int = 1) -> str:
@@ -89,20 +99,69 @@ def tell(llama: Llama, prompt: str, *, greedy: bool, seed: int = 1) -> str:
     return out["choices"][0]["text"]
 
 
-def obedience(llama: Llama, lexicon: Lexicon, number: int) -> None:
-    """Print how often the words of made-up requests come back in the stories told."""
+def obedience(llama: Llama, lexicon: Lexicon, number: int) -> str:
+    """Return how often the words of made-up requests come back in the stories told."""
     rng = random.Random(11)
-    common = sorted(lexicon.nouns, key=lambda w: -lexicon.stories[w])[:250]
+    common = sorted(lexicon.nouns, key=lambda w: (-lexicon.stories[w], w))[:250]
     things = [w for w in common if not w.endswith("s")]
-    found = asked = whole = 0
+    found = whole = 0
     for i in range(number):
         pair = rng.sample(things, 2)
-        story = tell(llama, f"{USER}Tell me a story about a {pair[0]} and a {pair[1]}.{ASSISTANT}",
-                     greedy=False, seed=i)  # fmt: skip
-        hits = [bool(re.search(rf"\b{w}", story.lower())) for w in pair]
-        found, asked, whole = found + sum(hits), asked + 2, whole + all(hits)
-    print(f"requests of two things drawn together by chance: {found}/{asked} things appear, "
-          f"both in {whole}/{number}")  # fmt: skip
+        line = f"Tell me a story about a {pair[0]} and a {pair[1]}."
+        story = tell(llama, USER + line + ASSISTANT, greedy=False, seed=i).lower()
+        hits = [bool(re.search(rf"\b{w}", story)) for w in pair]
+        found, whole = found + sum(hits), whole + all(hits)
+    return (
+        f"{number} requests, each of two things drawn by chance from the 250 commonest nouns: "
+        f"{found} of {2 * number} things appear in the story told, both in {whole} of {number} "
+        "(temperature 0.7, top-p 0.9)."
+    )
+
+
+def samples(llama: Llama) -> list[str]:
+    """Return sample outputs as Markdown."""
+    out = []
+    for greedy in (True, False):
+        out.append(f"### Samples, {'greedy' if greedy else 'temperature 0.7, top-p 0.9, seed 1'}")
+        for start in BEGINNINGS:
+            out.append(f"Plain, from **{start}**")
+            out.append(_quote(start + tell(llama, start, greedy=greedy)))
+        for request in REQUESTS:
+            out.append(f"Chat: **{request}**")
+            out.append(_quote(tell(llama, USER + request + ASSISTANT, greedy=greedy)))
+    return out
+
+
+def _quote(text: str) -> str:
+    return "\n".join(("> " + line).rstrip() for line in text.strip().split("\n"))
+
+
+def measure(args: argparse.Namespace) -> str:
+    """Return the report as Markdown."""
+    net, tokenizer, saved = load_run(args.run)
+    texts, state = load_texts(args.text), saved["state"]
+    first, shares = documents(net, tokenizer, texts, chat=False)
+    second, _ = documents(net, tokenizer, texts, chat=True)
+    llama = Llama(str(args.gguf), n_ctx=512, n_threads=args.threads, logits_all=True, verbose=False)
+    table = [
+        "| text | tokens | perplexity per token | bits per byte |",
+        "| --- | --- | --- | --- |",
+        windows(net, tokenizer, texts.validation_text),
+        first,
+        second,
+    ]
+    rows = ["| layer | share of the router's choices, per expert |", "| --- | --- |"]
+    rows += [f"| {i} | {' '.join(f'{float(s):.3f}' for s in r)} |" for i, r in enumerate(shares)]
+    parts = [
+        f"{state['steps']:.0f} updates over {state['tokens'] / 1e6:.2f} million scored tokens, "
+        f"{state['epoch']:.0f} passes over the stories.",
+        "\n".join(table),
+        agreement(net, llama, tokenizer, texts.validation_text),
+        "\n".join(rows),
+        obedience(llama, texts.lexicon, args.requests),
+        *samples(llama),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -111,27 +170,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder that train.py wrote")
     parser.add_argument("--text", type=Path, required=True, help="folder with the texts")
     parser.add_argument("--gguf", type=Path, required=True, help="the exported file")
+    parser.add_argument("--card", type=Path, help="model card to bring up to date")
     parser.add_argument("--requests", type=int, default=50, help="stories told to count words")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    net, tokenizer, saved = load_run(args.run)
-    texts = load_texts(args.text)
-    print(saved["state"], texts.notes)
-    windows(net, tokenizer, texts.validation_text)
-    shares = documents(net, tokenizer, texts, chat=False)
-    documents(net, tokenizer, texts, chat=True)
-    for layer, row in enumerate(shares):
-        print(f"layer {layer}: share of choices " + " ".join(f"{float(s):.3f}" for s in row))
-    llama = Llama(str(args.gguf), n_ctx=512, n_threads=args.threads, logits_all=True, verbose=False)
-    agreement(net, llama, tokenizer, texts.validation_text)
-    for greedy in (True, False):
-        print(f"\n=== {'greedy' if greedy else 'temperature 0.7, top-p 0.9'}")
-        for start in BEGINNINGS:
-            print(f"\n> {start}{tell(llama, start, greedy=greedy)}")
-        for request in REQUESTS:
-            print(f"\n[{request}]\n{tell(llama, USER + request + ASSISTANT, greedy=greedy)}")
-    obedience(llama, texts.lexicon, args.requests)
+    text = measure(args)
+    print(text)
+    if args.card:
+        head = args.card.read_text("utf-8").split(HEADING)[0]
+        args.card.write_text(f"{head}{HEADING}\n\n{text}", "utf-8")
 
 
 if __name__ == "__main__":

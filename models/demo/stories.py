@@ -98,9 +98,7 @@ class CaseRestorer:
         out, last, previous = [], 0, "\n"
         for match in _WORD.finditer(story):
             word = match.group()
-            if word[0].isalpha() and (
-                _starts(previous) or self._capital(previous, word, named)
-            ):
+            if word[0].isalpha() and (_starts(previous) or self._capital(previous, word, named)):
                 out += [story[last : match.start()], word[0].upper() + word[1:]]
                 last = match.end()
             quote = word == '"' and story[match.end() : match.end() + 1].isalpha()

@@ -1,0 +1,63 @@
+"""Seeded weights and activations for kernel tests; run as a program it prints hashes of results."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.quant.formats import BY_NAME, QuantFormat
+
+_SCALES = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82),
+    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+    "IQ4_XS": (0,), "MXFP4": (),
+}  # fmt: skip
+COMPARED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "IQ4_NL")
+
+
+def random_raw(
+    fmt: QuantFormat, rows: int, K: int, rng: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    """GGUF rows (rows, row_bytes) with random bits and scales of ordinary size."""
+    if fmt.is_float:
+        w = rng.standard_normal((rows, K)).astype(np.float32)
+        if fmt.name == "F16":
+            return w.astype("<f2").view(np.uint8)
+        if fmt.name == "BF16":
+            return np.ascontiguousarray((w.view("<u4") >> 16).astype("<u2")).view(np.uint8)
+        return w.view(np.uint8)
+    raw = rng.integers(0, 256, (rows, fmt.row_bytes(K)), dtype=np.uint8)
+    blocks = raw.reshape(rows, -1, fmt.block_bytes)
+    for offset in _SCALES[fmt.name]:
+        scale = (0.1 * rng.standard_normal(blocks.shape[:2])).astype("<f2")
+        blocks[..., offset : offset + 2] = scale[..., None].view(np.uint8)
+    if fmt.name == "MXFP4":
+        blocks[..., 0] = rng.integers(110, 140, blocks.shape[:2])
+    return raw
+
+
+def random_activations(T: int, K: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """(T, K) float32 with a few outliers, as a model has."""
+    x = rng.standard_normal((T, K)).astype(np.float32)
+    x[:, :: max(K // 8, 1)] *= 20
+    return x
+
+
+def main() -> None:
+    """Print the instruction set and a hash of each format's results, batched and alone."""
+    from edgert.kernels_cpu import isa, layout, matmul
+
+    print(isa.ISA.name)
+    for name in COMPARED:
+        fmt, rng = BY_NAME[name], np.random.default_rng(11)
+        raw, x = random_raw(fmt, 40, 512, rng), random_activations(6, 512, rng)
+        tiles = np.zeros(layout.matrix_bytes(fmt, 40, 512), np.uint8)
+        layout.repack(fmt, raw, 40, 512, tiles)
+        y = matmul.matmul(fmt, tiles, x, 40)
+        print(f"{name}:{hashlib.sha256(y.tobytes()).hexdigest()[:16]}")
+
+
+if __name__ == "__main__":
+    main()

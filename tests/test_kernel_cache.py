@@ -1,0 +1,114 @@
+"""Where compiled kernels are kept: hits, fallbacks, keys, processes at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgert.kernels_cpu import jit
+
+ROOT = Path(__file__).parents[1]
+_USE_ONE_KERNEL = """
+import numpy as np
+from edgert.kernels_cpu import activations, jit
+x = np.ones((1, 32), np.float32)
+assert (activations.quantize(x) == activations.quantize_ref(x)).all()
+print(jit.cache_folder())
+"""
+
+
+def start(cache: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", _USE_ONE_KERNEL],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def folder_used(process: subprocess.Popen[str]) -> Path:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return Path(out.strip())
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_process_compiles_and_writes_nothing(tmp_path: Path) -> None:
+    used = folder_used(start(tmp_path))
+    assert used == tmp_path / "kernels" / jit.cache_key()
+    first = stamps(tmp_path)
+    assert {p.suffix for p in first} == {".nbi", ".nbc"}
+    assert folder_used(start(tmp_path)) == used
+    assert stamps(tmp_path) == first
+
+
+def test_processes_starting_at_once_leave_a_sound_cache(tmp_path: Path) -> None:
+    racing = [start(tmp_path) for _ in range(3)]
+    assert len({folder_used(process) for process in racing}) == 1
+    first = stamps(tmp_path)
+    assert len(first) == 2
+    folder_used(start(tmp_path))
+    assert stamps(tmp_path) == first
+
+
+def test_a_folder_that_cannot_be_written_is_replaced_by_a_temporary_one(tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the folder should be")
+    used = folder_used(start(blocked))
+    assert used.name.startswith("edgert-kernels-")
+    assert not used.exists()
+    assert list(tmp_path.rglob("*.nb?")) == []
+
+
+def test_the_package_folder_stays_clean(tmp_path: Path) -> None:
+    folder_used(start(tmp_path))
+    assert list((ROOT / "kernels_cpu").rglob("*.nb?")) == []
+
+
+def test_the_key_follows_every_kernel_source(tmp_path: Path) -> None:
+    copy = tmp_path / "kernels_cpu"
+    shutil.copytree(ROOT / "kernels_cpu", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert jit.cache_key(copy) == jit.cache_key()
+    keys = {jit.cache_key(copy)}
+    for name in ("simd.py", "vmath.py"):
+        (copy / name).write_text((copy / name).read_text() + "\n")
+        keys.add(jit.cache_key(copy))
+    (copy / "new.py").write_text("")
+    keys.add(jit.cache_key(copy))
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("n_folders", [3, 9])
+def test_old_caches_are_pruned_and_young_ones_kept(n_folders: int, tmp_path: Path) -> None:
+    for i in range(n_folders):
+        folder = tmp_path / f"{i:020d}"
+        folder.mkdir()
+        old = time.time() - 2 * 86_400 - i
+        os.utime(folder, (old, old))
+    young, keep = tmp_path / ("a" * 20), tmp_path / ("b" * 20)
+    other = tmp_path / "something else"
+    for folder in (young, keep, other):
+        folder.mkdir()
+    jit._prune(tmp_path, keep)
+    assert keep.exists() and young.exists() and other.exists()
+    assert len(list(tmp_path.iterdir())) == 3 + min(n_folders, 2)
+    assert (tmp_path / f"{0:020d}").exists()
+
+
+def test_a_kernel_compiles_on_first_use() -> None:
+    @jit.kernel(jit.void("iif"))
+    def nothing(a: int, b: int, c: float) -> None:
+        return None
+
+    assert "nothing" in repr(nothing) and nothing._compiled is None
+    assert nothing.py_func(1, 2, 0.5) is None
+    nothing(1, 2, 0.5)
+    assert nothing.address == nothing.address != 0
