@@ -123,8 +123,11 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError):
         text, code = str(error), 1
     else:
-        kind = type(error).__name__
-        text, code = f"{kind}: {error}\n\nThis is a mistake in edgert; --debug shows where.", 1
+        first = str(error).partition("\n")[0]
+        text = (
+            f"{type(error).__name__}: {first}\n\nThis is a mistake in edgert; --debug shows where."
+        )
+        code = 1
     _say_error(text)
     return code
 

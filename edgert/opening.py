@@ -8,7 +8,7 @@ still small (compiling.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,12 @@ class Opened:
     path: Path
     manifest: Manifest
     spec: ModelSpec
+
+    def without_vocabulary(self) -> Opened:
+        """The same without the lists of the vocabulary, which a tokenizer has taken over."""
+        metadata = self.manifest.metadata
+        few = {k: v for k, v in metadata.items() if isinstance(v, str | int | float)}
+        return replace(self, manifest=replace(self.manifest, metadata=few))
 
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
@@ -102,6 +108,7 @@ def load(
     from edgert.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
+    opened = opened.without_vocabulary()
     for _ in compile_here(wanted):
         pass
     plan = make_plan(opened, options, process_bytes(opened, measured=True))

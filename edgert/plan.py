@@ -174,7 +174,8 @@ def plan_memory(
     floor_bytes = min(frugal.total_bytes, full.total_bytes)
     if options.budget_bytes < floor_bytes:
         hint = "" if options.context_length is None else "a shorter --ctx-size needs less"
-        raise BudgetError(options.budget_bytes, floor_bytes, frugal.table(), hint)
+        table = replace(frugal, budget_bytes=options.budget_bytes).table()
+        raise BudgetError(options.budget_bytes, floor_bytes, table, hint)
     chosen = _choose(layout, contexts, shapes)
     assert chosen.total_bytes <= options.budget_bytes
     return replace(chosen, floor_bytes=floor_bytes, full_bytes=full.total_bytes)

@@ -12,13 +12,10 @@ Must not know: what any kernel computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from edgert.kernels_cpu.jit import JIT
 from edgert.units import align_up
 
 __all__ = [
@@ -32,12 +29,9 @@ __all__ = [
     "address_of",
     "arguments",
     "float_bits",
-    "once",
     "row_stride",
     "run_op",
 ]
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 ARG0 = 8  # first field of the row that belongs to the kernel
 FRAME_FIELDS = 16
@@ -76,16 +70,6 @@ def activation_rows(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     rows = np.full((x.shape[0], align_up(x.shape[1], 16)), np.nan, np.float32)
     rows[:, : x.shape[1]] = x
     return rows
-
-
-def once(function: _F) -> _F:
-    """Decorator for a part of a kernel that is called in one place.
-
-    It is pasted into its caller before types are inferred, where `inline` compiles a function of
-    its own first (measured: rope_and_store 3.9 -> 1.8 s cold, attention 5.2 -> 4.0 s).
-    """
-    pasted: _F = numba.njit(inline="always", **JIT)(function)
-    return pasted
 
 
 def run_op(

@@ -23,21 +23,8 @@ from numba import types
 from edgert.errors import InputError
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
-    convert_to,
-    f32_to_i32,
-    ld_f32x16,
-    reduce_max,
-    splat_f32x16,
-    st_f32,
-    st_i16,
-    storer,
-    vabs,
-    vec,
-    vmax,
-    vmin,
-    vmul,
-    vrint,
-    zero_f32x16,
+    convert_to, f32_to_i32, ld_f32x16, reduce_max, splat_f32x16, st_f32, st_i16, storer, vabs,
+    vec, vmax, vmin, vmul, vrint, zero_f32x16,
 )  # fmt: skip
 from edgert.kernels_cpu.vectors import I32, declare, operation
 

@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
+    "arg",
     "atomic_add",
     "call_matmul",
     "call_op",
@@ -75,6 +76,20 @@ def load_int(typingctx, address):  # type: ignore[no-untyped-def]
         return builder.load(_pointer(builder, args[0]))
 
     return types.int64(types.intp), codegen
+
+
+@intrinsic
+def arg(typingctx, row, index):  # type: ignore[no-untyped-def]
+    """Field `index` of the int64 row at address `row`.
+
+    An intrinsic, because Numba compiles a helper anew for every constant it is called with.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        offset = builder.mul(args[1], ir.Constant(_I64, 8))
+        return builder.load(_pointer(builder, builder.add(args[0], offset)))
+
+    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
-from edgert.kernels_cpu.abi import N_TOKENS, POSITION, once
+from edgert.kernels_cpu.abi import N_TOKENS, POSITION
 from edgert.kernels_cpu.attention_block import (
     SCORES,
     VECTOR,
@@ -26,7 +26,7 @@ from edgert.kernels_cpu.attention_block import (
     query_bytes,
     reset_query,
 )
-from edgert.kernels_cpu.jit import Kernel, kernel, void
+from edgert.kernels_cpu.jit import Kernel, inline, kernel, void
 from edgert.kernels_cpu.kv_cache import BLOCK, LANES, KvLayout
 from edgert.kernels_cpu.simd import (
     ld_f32,
@@ -174,7 +174,7 @@ def attention(q: _F32, keys: _KV, values: _KV, position: int, scale: float) -> _
     return out.reshape(T, n_heads, D)
 
 
-@once
+@inline
 def _load_queries(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
     """Copy the queries of `n_tokens` tokens and the heads of one KV head into scratch."""
     D = ld_i64(op + _HEAD_DIM)
@@ -189,7 +189,7 @@ def _load_queries(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch
             reset_query(q, width)
 
 
-@once
+@inline
 def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
     """Divide the weighted sums by the sum of the weights."""
     D = ld_i64(op + _HEAD_DIM)
@@ -208,7 +208,7 @@ def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratc
                 st_f32(row + 4 * (head * D + d), ld_f32(total + 4 * d))
 
 
-@once
+@inline
 def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) -> None:
     n_kv = ld_i64(op + _N_KV)
     D = ld_i64(op + _HEAD_DIM)

@@ -10,13 +10,8 @@ from typing import Any
 from edgert.kernels_cpu.dequantize_simple import bits, iq4_value, ld_16_bytes, shifted
 from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.lanes import (
-    high_nibbles,
-    ld_bytes16,
-    ld_half_split,
-    low_nibbles,
-    st16,
-    to_float,
-)
+    high_nibbles, ld_bytes16, ld_half_split, low_nibbles, st16, to_float,
+)  # fmt: skip
 from edgert.kernels_cpu.simd import const_of, vec, vmul, vor, vsub
 
 __all__ = ["iq4_xs", "q2_k", "q3_k", "q5_k"]

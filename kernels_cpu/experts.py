@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.atomic import (
+    arg,
     atomic_add,
     call_matmul,
     call_op,
@@ -28,13 +29,6 @@ from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.waiting import barrier, relax, stopped
 
 __all__ = ["group_pairs", "run_experts"]
-
-
-@inline
-def arg(op: int, index: int) -> int:
-    """Field `index` of an op row, frame, or descriptor."""
-    value: int = load_int(op + 8 * index)
-    return value
 
 
 @inline

@@ -14,30 +14,9 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES,
-    bc16,
-    bcL,
-    bs16,
-    bsL,
-    bx16,
-    bxL,
-    high_nibbles,
-    ld_f16_16,
-    ld_f16L,
-    ld_w16,
-    ld_wL,
-    low_nibbles,
-    mac_s8,
-    mac_u8,
-    minus8_16,
-    minus8_L,
-    mul_u8,
-    offset_s8,
-    pair_dot,
-    sum_u8,
-    to_float,
-    zero16,
-    zeroL,
+    LANES, bc16, bcL, bs16, bsL, bx16, bxL, high_nibbles, ld_f16L, ld_f16_16, ld_w16, ld_wL,
+    low_nibbles, mac_s8, mac_u8, minus8_16, minus8_L, mul_u8, offset_s8, pair_dot,
+    prefetch_lines, sum_u8, to_float, zero16, zeroL,
 )  # fmt: skip
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, vadd, vmul
@@ -52,6 +31,7 @@ _Q4_0_BYTES = 288  # 16 scales, 4 x 64 bytes: weights 4v + j in the low nibbles,
 def _q8_0_tile1(p: Any, K: Any, a: Any) -> Any:
     acc = zero16()
     for _ in range(K // 32):
+        prefetch_lines(p, 9)
         i = offset_s8(bs16(a + 36))
         for v in range(8):
             i = mac_s8(i, ld_w16(p + 32 + 64 * v), bx16(a + 4 * v))
@@ -89,6 +69,7 @@ def _q8_0_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -
 def _q4_0_tile1(p: Any, K: Any, a: Any) -> Any:
     acc, minus8 = zero16(), minus8_16()
     for _ in range(K // 32):
+        prefetch_lines(p, 5)
         q = ld_w16(p + 32)
         low, high = mul_u8(low_nibbles(q), bx16(a)), mul_u8(high_nibbles(q), bx16(a + 16))
         for v in range(1, 4):

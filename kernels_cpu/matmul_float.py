@@ -13,16 +13,7 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES,
-    bc16,
-    bcL,
-    ld16,
-    ld_bf16L,
-    ld_f16_16,
-    ld_f16L,
-    ldL,
-    zero16,
-    zeroL,
+    LANES, bc16, bcL, ld16, ldL, ld_bf16L, ld_f16L, ld_f16_16, zero16, zeroL,
 )  # fmt: skip
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, ld_bf16x16, vadd

@@ -16,40 +16,10 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES,
-    bc16,
-    bcL,
-    bs16,
-    bsL,
-    bx16,
-    bxL,
-    dot16_scaled,
-    high_nibbles,
-    ld_f16_16,
-    ld_f16L,
-    ld_pairs16,
-    ld_pairsL,
-    ld_u8f16,
-    ld_u8fL,
-    ld_w16,
-    ld_wL,
-    low_nibbles,
-    mac_u8,
-    mul_u8,
-    ones16,
-    onesL,
-    pair_dot,
-    pair_high,
-    pair_low,
-    q6_bits_0,
-    q6_bits_1,
-    q6_bits_2,
-    q6_bits_3,
-    sum_u8,
-    times32,
-    to_float,
-    zero16,
-    zeroL,
+    LANES, bc16, bcL, bs16, bsL, bx16, bxL, dot16_scaled, high_nibbles, ld_f16L, ld_f16_16,
+    ld_pairs16, ld_pairsL, ld_u8f16, ld_u8fL, ld_w16, ld_wL, low_nibbles, mac_u8, mul_u8,
+    ones16, onesL, pair_dot, pair_high, pair_low, prefetch_lines, q6_bits_0, q6_bits_1,
+    q6_bits_2, q6_bits_3, sum_u8, times32, to_float, zero16, zeroL,
 )  # fmt: skip
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, fnma, vadd, vmul, vor, vsub
@@ -80,6 +50,7 @@ def _q4_k_tile1(p: Any, K: Any, a: Any) -> Any:
         block = p + (g >> 2) * _Q4_K_BYTES
         d, dmin = ld_f16_16(block), ld_f16_16(block + 32)
         s = block + 64 + (g & 3) * _Q4_K_GROUP
+        prefetch_lines(s, 9)
         acc = _q4_k_sub1(low_nibbles, s + 64, s, d, dmin, a, acc)
         acc = _q4_k_sub1(high_nibbles, s + 64, s + 32, d, dmin, a + 40, acc)
         a += 80
@@ -180,6 +151,7 @@ def _q6_k_tile1(p: Any, K: Any, a: Any) -> Any:
         d = ld_f16_16(block)
         s = block + 32 + (h & 1) * _Q6_K_HALF
         low, high = s + 128, s + 1152
+        prefetch_lines(s, 26)
         i = _q6_k_dot1(_six_0, low, high, s, a)
         acc = fma(to_float(i), vmul(d, bc16(a + 32)), acc)
         i = _q6_k_dot1(_six_1, low + 512, high, s + 32, a + 40)

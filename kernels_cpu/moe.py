@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
-from edgert.kernels_cpu.abi import activation_rows, once
+from edgert.kernels_cpu.abi import activation_rows
 from edgert.kernels_cpu.elementwise import CHUNK, units_per_row
-from edgert.kernels_cpu.jit import kernel, void
+from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
     bc_f32x16,
     const_of,
@@ -128,7 +128,7 @@ _minus_infinity = const_of(vec("f32", 16), [float("-inf")])
 _TAKEN = np.float32(-2)  # below every probability: this expert has been chosen
 
 
-@once
+@inline
 def _softmax(logits: int, n: int) -> None:
     """Replace `n` logits by their probabilities."""
     top = _minus_infinity()
@@ -148,7 +148,7 @@ def _softmax(logits: int, n: int) -> None:
         st_f32x16(logits + i, vdiv(ld_f32x16(logits + i), total))
 
 
-@once
+@inline
 def _take_largest(p: int, n: int) -> int:
     """The first of the largest probabilities not yet taken; the first not taken if all are NaN."""
     best = -1

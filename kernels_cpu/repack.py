@@ -13,16 +13,8 @@ import numpy as np
 
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
-    ld_i8,
-    ld_i16,
-    ld_i32,
-    ld_i64,
-    ld_u8,
-    st_i8,
-    st_i16,
-    st_i32,
-    stack_buffer,
-)
+    ld_i16, ld_i32, ld_i64, ld_i8, ld_u8, st_i16, st_i32, st_i8, stack_buffer,
+)  # fmt: skip
 
 __all__ = ["expand_q4_k", "repack_blocks"]
 

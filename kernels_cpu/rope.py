@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
-from edgert.kernels_cpu.abi import POSITION, activation_rows, once
+from edgert.kernels_cpu.abi import POSITION, activation_rows
 from edgert.kernels_cpu.elementwise import inverse_rms, inverse_rms_ref, load_first
 from edgert.kernels_cpu.jit import Kernel, inline, kernel, void
 from edgert.kernels_cpu.kv_cache import BLOCK, LANES, KvLayout
@@ -200,14 +200,14 @@ def _scale_row(x: int, weight: int, K: int, eps: float) -> None:
         st_f32(x + i, ld_f32(x + i) * factor * ld_f32(weight + i))
 
 
-@once
+@inline
 def _normalise(x: int, weight: int, heads: int, D: int, mode: int, eps: float) -> None:
     n = heads if mode == _PER_HEAD else 1
     for head in range(n):
         _scale_row(x + 4 * head * D, weight, heads * D // n, eps)
 
 
-@once
+@inline
 def _rotate_pair(a: int, b: int, table: int) -> None:
     """Rotate the floats at `a` and `b` by the angle whose cosine and sine are at `table`."""
     x, y = ld_f32(a), ld_f32(b)
@@ -242,7 +242,7 @@ def _rotate(x: int, heads: int, D: int, rope_dim: int, neox: int, table: int) ->
             _rotate_pair(a, a + (4 * pairs if neox != 0 else 4), table + 8 * i)
 
 
-@once
+@inline
 def _store_key(op: int, k: int, position: int, half: bool) -> None:
     """Scatter the keys of one position: its lane in every dimension of every head's block."""
     size = 2 if half else 4
@@ -266,7 +266,7 @@ def _store_key(op: int, k: int, position: int, half: bool) -> None:
             target += step
 
 
-@once
+@inline
 def _store_value(op: int, v: int, position: int, half: bool) -> None:
     """Copy the values of one position: one row for each head, its pad zero."""
     size = 2 if half else 4
@@ -282,7 +282,7 @@ def _store_value(op: int, v: int, position: int, half: bool) -> None:
                 st_f32x16(row + i * size, lanes)
 
 
-@once
+@inline
 def _rope_and_store(op: int, frame: int, start: int, stop: int, half: bool) -> None:
     n_heads, n_kv = ld_i64(op + _N_HEADS), ld_i64(op + _N_KV)
     D = ld_i64(op + _HEAD_DIM)

@@ -13,8 +13,8 @@ to the reader threads through a pipe.
 from __future__ import annotations
 
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.atomic import atomic_add, call_matmul, call_op, load_int, notify
-from edgert.kernels_cpu.experts import arg, group_pairs, run_experts
+from edgert.kernels_cpu.atomic import arg, atomic_add, call_matmul, call_op, load_int, notify
+from edgert.kernels_cpu.experts import group_pairs, run_experts
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.waiting import await_value, barrier, stopped
 
@@ -24,7 +24,8 @@ __all__ = ["run_program"]
 @inline
 def chunk_of(op: int, units: int, threads: int) -> int:
     """Units to take at once: four turns a thread, so that one that lost its core costs little."""
-    return max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
+    chunk: int = max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
+    return chunk
 
 
 @inline

@@ -177,7 +177,7 @@ class _Wiring:
             scratch_stride=scratch,
         )  # fmt: skip
         kernel = attention_kernel(layout.kv_type)
-        self.builder.call(kernel, arguments, spec.num_key_value_heads, chunk=16)
+        self.builder.call(kernel, arguments, spec.num_key_value_heads, chunk=1)
         self.builder.barrier()
 
     def activation(self, down: QuantFormat, width: int, rows: int = 0) -> list[int]:

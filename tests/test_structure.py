@@ -85,6 +85,14 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
+def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module, those inside `if` and `for` included."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, ast.If | ast.For):
+            yield from top_level([*statement.body, *statement.orelse])
+
+
 def below(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == p or module.startswith(p + ".") for p in packages)
 
@@ -171,17 +179,18 @@ def test_all_is_sorted_and_true(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             bound |= {alias.asname or alias.name for alias in node.names}
-    for statement in tree_of(path).body:
+    for statement in top_level(tree_of(path).body):
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             bound.add(statement.name)
             public |= set() if statement.name.startswith("_") else {statement.name}
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
-        for target in targets:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        single = isinstance(statement, ast.AnnAssign)
+        for target in [statement.target] if single else statement.targets:
             names = target.elts if isinstance(target, ast.Tuple) else [target]
             bound |= {name.id for name in names if isinstance(name, ast.Name)}
             if isinstance(target, ast.Name) and target.id == "__all__":
-                assert isinstance(statement, ast.Assign)
+                assert statement.value is not None
                 exported = ast.literal_eval(statement.value)
     if exported is None:
         assert not public or "demo" in path.parts, f"{relative(path)} has no __all__"

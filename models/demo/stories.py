@@ -209,7 +209,7 @@ _VAGUE = set(
     "part front back inside outside of little big new very another few many such good own last "
     "whole only turn try ground air whisper question answer word words sight reason noise sound "
     "problem voice face hands hand eyes head mouth feet arms middle edge bottom piece pieces "
-    "anymore both two three".split()
+    "anymore both two three replied lying tightly belonged lit faces minutes knee".split()
 )
 _PHRASES = (
     ("Tell me a story about {}.", 8), ("Please tell me a story about {}.", 2),
