@@ -11,9 +11,10 @@ main thread waits here instead and can tell the engine to stop within the layer 
 from __future__ import annotations
 
 import queue
+import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,12 @@ def answer(
     sampling: Mapping[str, Any],
     progress: Progress,
     *,
+    opening: str = "",
     silent: bool = False,
 ) -> Answer:
     """Continue a text or tokens, or answer chat messages, on stdout.
+
+    `opening` is written before the first token and not sooner: the bar would wipe it.
 
     Ctrl-C ends the answer: what was written stays, the engine is ready for the next question,
     and the finish reason is "cancelled". A second Ctrl-C before it has ended is raised.
@@ -56,6 +60,7 @@ def answer(
     session = engine.session()
     options = engine.options(on_prefill=progress.update, **sampling)
     found = Answer()
+    progress.close()
     for event in _events(session, session.generate(_tokens(engine, prompt), options)):
         progress.close()
         found.text += event.text
@@ -63,9 +68,10 @@ def answer(
             found.tokens.append(event.token)
         if event.finish_reason is not None:
             found.finish_reason = event.finish_reason
-        if event.text and not silent:
-            sys.stdout.write(event.text)
+        if not silent:
+            sys.stdout.write(opening + event.text)
             sys.stdout.flush()
+            opening = ""
     progress.close()
     found.stats = session.last_stats
     if not silent and not found.text.endswith("\n"):
@@ -94,26 +100,43 @@ def _events(session: Session, events: Iterator[TokenEvent]) -> Iterator[TokenEve
             handed.put(error)
 
     worker = threading.Thread(target=work, name="edgert-answer", daemon=True)
-    worker.start()
-    interrupted = False
-    try:
-        while True:
-            try:
-                item = handed.get(timeout=_WAIT_SECONDS)
-            except queue.Empty:
-                continue
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
+    with _CtrlC(session.cancel) as ctrl_c:
+        worker.start()
+        try:
+            while True:
+                try:
+                    item = handed.get(timeout=_WAIT_SECONDS)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if ctrl_c.pressed:  # it may have come before the generation had begun to listen
+                    session.cancel()
+        finally:
+            if worker.is_alive():
                 session.cancel()
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        if worker.is_alive():
-            session.cancel()
-        worker.join()
+            worker.join()
+
+
+class _CtrlC:
+    """Within the `with`, the first Ctrl-C calls `stop`; the next one is a KeyboardInterrupt."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self.pressed = False
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+        self._stop()

@@ -36,7 +36,7 @@ class MemoryGroup:
         self._peak_name = "memory.peak" if version_2 else "memory.max_usage_in_bytes"
         reasons = []
         for parent in _parents_v2() if version_2 else _parents_v1():
-            self._path = parent / f"edgert-{os.getpid()}-{time.monotonic_ns()}"
+            self._path = parent / f"edgert-stress-{os.getpid()}-{time.monotonic_ns()}"
             try:
                 self._path.mkdir()
             except OSError as error:

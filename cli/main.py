@@ -58,8 +58,11 @@ class Commands(click.Group):
         module, attribute, _ = _COMMANDS[cmd_name]
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command), cmd_name
-        # click would put the command's name into the variables; one EDGERT_THREADS serves all.
-        command.context_settings["auto_envvar_prefix"] = "EDGERT"
+        for option in command.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                # One variable for all commands, named as the option: --ctx-size, EDGERT_CTX_SIZE.
+                name = next(flag for flag in option.opts if flag.startswith("--"))
+                option.envvar = "EDGERT_" + name[2:].upper().replace("-", "_")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -134,11 +134,13 @@ def _main(
             raise InputError("--system-prompt needs a conversation: use `edgert chat`")
         messages.insert(0, {"role": "system", "content": request.system})
     with Progress() as progress, options.load(progress) as engine:
-        if not chat and _display(request):
-            sys.stdout.write(prompt)
-            sys.stdout.flush()
         found = answer(
-            engine, messages if chat else prompt, sampling, progress, silent=request.as_json
+            engine,
+            messages if chat else prompt,
+            sampling,
+            progress,
+            opening=prompt if not chat and _display(request) else "",
+            silent=request.as_json,
         )
     _finish(options, request, found)
 

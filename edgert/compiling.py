@@ -69,8 +69,9 @@ def _stamp(wanted: KernelSet) -> Path:
 
 def is_compiled(wanted: KernelSet) -> bool:
     """True when the kernels are in the user's cache."""
-    with contextlib.suppress(OSError):
-        return Path(_stamp(wanted).read_text()).is_dir()
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path(_stamp(wanted).read_text())
+        return folder.is_absolute() and folder.is_dir()
     return False
 
 

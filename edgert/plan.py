@@ -22,7 +22,6 @@ from typing import Any
 from edgert.errors import BudgetError, ContextError
 from edgert.models.spec import ModelSpec
 from edgert.plan_parts import (
-    READER_THREADS,
     Need,
     Sizes,
     TilePlan,
@@ -35,12 +34,6 @@ from edgert.units import MIB, format_bytes
 
 __all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
 
-# (prefill tokens, ring slots, bytes of a tile) from comfortable to frugal. Direct reads reach the
-# device's rate from 256 KiB on; larger tiles cost fewer hand-overs.
-_SHAPES = (
-    (256, 12, 2 * MIB), (128, 12, 2 * MIB), (64, 12, MIB), (32, 12, MIB // 2), (16, 8, MIB // 4),
-    (8, 6, MIB // 4), (1, 4, MIB // 8),
-)  # fmt: skip
 _CONTEXTS = (4096, 2048, 1024, 512, 256)
 _COMFORT = 6  # activations, ring and staging may take 1/6 of what is left beside the process
 _CONTEXT_SHARE = 8  # and a KV cache nobody asked for 1/8
@@ -54,6 +47,16 @@ class Shape:
     tokens: int  # of one pass
     slots: int  # of the ring
     tile_bytes: int
+    readers: int  # reader threads of each stream, with a buffer each
+
+
+# From comfortable to frugal. Direct reads reach the device's rate from 256 KiB on; larger tiles cost
+# fewer hand-overs. Four readers read and repack in turn, so that the disk never waits.
+_SHAPES = (
+    Shape(256, 12, 2 * MIB, 4), Shape(128, 12, 2 * MIB, 4), Shape(64, 12, MIB, 4),
+    Shape(32, 12, MIB // 2, 4), Shape(16, 8, MIB // 4, 4), Shape(8, 6, MIB // 4, 3),
+    Shape(1, 4, MIB // 8, 2),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +167,19 @@ def plan_memory(
     contexts = _choices(options.context_length, _CONTEXTS, longest)
     fixed = options.prefill_tokens
     shapes = [
-        Shape(min(tokens if fixed is None else fixed, longest), slots, tile_bytes)
-        for tokens, slots, tile_bytes in _SHAPES
+        replace(shape, tokens=min(shape.tokens if fixed is None else fixed, longest))
+        for shape in _SHAPES
     ]
     layout = _Layout(spec, manifest, options, process_bytes)
     nothing = replace(options, budget_bytes=0)
-    frugal = _Layout(spec, manifest, nothing, process_bytes).plan(contexts[-1], shapes[-1])
+    smallest = _Layout(spec, manifest, nothing, process_bytes)
     full = layout.plan(contexts[0], shapes[0], everything=True)
-    floor_bytes = min(frugal.total_bytes, full.total_bytes)
+    frugal = min(
+        smallest.plan(contexts[-1], shapes[-1]),
+        smallest.plan(contexts[-1], shapes[-1], keep_dense=True),
+        key=lambda plan: plan.total_bytes,
+    )
+    floor_bytes = frugal.total_bytes
     if options.budget_bytes < floor_bytes:
         hint = "" if options.context_length is None else "a shorter --ctx-size needs less"
         table = replace(frugal, budget_bytes=options.budget_bytes).table()
@@ -224,28 +232,32 @@ class _Layout:
             self._needs[tile_bytes] = need_of(self.spec, self.manifest, threads, kv, tile_bytes)
         return self._needs[tile_bytes]
 
-    def plan(self, context: int, shape: Shape, *, everything: bool = False) -> Plan:
-        """The plan of these sizes. With `everything` all weights are resident whatever it takes;
-        without, they fill the budget, and the plan has its smallest size when that is too little.
+    def plan(
+        self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
+    ) -> Plan:
+        """The plan of these sizes. With `everything` all weights are resident whatever it takes,
+        with `keep_dense` all but routed experts; without, they fill the budget, and the plan has
+        its smallest size when that is too little.
         """
         need = self.need(shape.tile_bytes)
         sizes = measure(need, context, shape.tokens)
-        reading = READER_THREADS * need.staging_bytes
+        reading = shape.readers * need.staging_bytes
         fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + need.row_bytes + reading
         if everything:
             kept = Kept(tuple(True for _ in need.tiles), 0, need.expert_count, True)
         else:
-            kept = _keep(need, self.options.budget_bytes - fixed, shape.slots, reading)
+            room = self.options.budget_bytes - fixed
+            kept = _keep(need, room, shape.slots, reading, keep_dense)
         return _plan(need, self.options, self.process_bytes, shape, sizes, context, kept)
 
 
-def _keep(need: Need, room: int, slots: int, reading: int) -> Kept:
+def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> Kept:
     """What stays in `room` bytes: tiles of the matrices first, then as many experts as fit."""
     window = slots * need.slot_bytes + (reading if need.experts else 0)
     least = min(need.expert_count, need.experts_per_token)
     room -= least * need.expert_slot_bytes
-    if sum(t.nbytes for t in need.tiles) <= room:
+    if keep_dense or sum(t.nbytes for t in need.tiles) <= room:
         resident = tuple(True for _ in need.tiles)
     else:
         resident = choose_resident(need.tiles, max(room - window, 0), slots)
@@ -270,7 +282,7 @@ def _plan(
 ) -> Plan:
     """The plan's record for what was decided."""
     tiles = _numbered(need.tiles, kept.resident)
-    buffers = READER_THREADS * (2 if need.experts and kept.slots else 1)
+    buffers = shape.readers * (2 if need.experts and kept.slots else 1)
     in_memory = sum(t.nbytes for t in tiles if t.stream_index < 0)
     streamed = sum(t.extent.nbytes for t in tiles if t.stream_index >= 0)
     experts = kept.expert_slots * need.expert_slot_bytes
@@ -293,7 +305,7 @@ def _plan(
     return Plan(
         budget_bytes=options.budget_bytes, regions=regions, floor_bytes=0, full_bytes=0,
         context_length=context, prefill_tokens=shape.tokens, logit_rows=sizes.logit_rows,
-        threads=options.threads, reader_threads=READER_THREADS,
+        threads=options.threads, reader_threads=shape.readers,
         kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
         slots=kept.slots, slot_bytes=need.slot_bytes, expert_slots=kept.expert_slots,
         expert_slot_bytes=need.expert_slot_bytes, staging_bytes=need.staging_bytes,

@@ -23,7 +23,6 @@ from edgert.storage.manifest import Extent, Manifest
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
-    "READER_THREADS",
     "ExpertRecord",
     "Need",
     "Sizes",
@@ -33,7 +32,6 @@ __all__ = [
     "need_of",
 ]
 
-READER_THREADS = 4  # each reads and repacks in turn; the disk must not wait for the repacking
 LOGITS_BYTES = 4 * MIB  # most that the logits of one pass may take
 
 

@@ -3,7 +3,8 @@
     d = max|x| / 127,   q = rint(x * (127 / max|x|)),   one block of 32 values = 40 bytes:
 
     offset 0   int8[32]    q, in -127..127 (never -128: the integer dot products rely on it)
-    offset 32  float32     d (0 when all 32 values are 0, or too small for 127 / max|x| to be finite)
+    offset 32  float32     d (0 when all 32 values are 0, or so small that 127 / max|x|
+                           is infinite)
     offset 36  int16[2]    sums of q[0:16] and of q[16:32]
 
 A NaN gives q = -127 and is ignored by the maximum; with an infinity d is infinite and q is 0 or
@@ -23,9 +24,22 @@ from numba import types
 from edgert.errors import InputError
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
-    convert_to, f32_to_i32, ld_f32x16, reduce_max, splat_f32x16, st_f32, st_i16, storer, vabs,
-    vec, vmax, vmin, vmul, vrint, zero_f32x16,
-)  # fmt: skip
+    convert_to,
+    f32_to_i32,
+    ld_f32x16,
+    reduce_max,
+    splat_f32x16,
+    st_f32,
+    st_i16,
+    storer,
+    vabs,
+    vec,
+    vmax,
+    vmin,
+    vmul,
+    vrint,
+    zero_f32x16,
+)
 from edgert.kernels_cpu.vectors import I32, declare, operation
 
 __all__ = [
@@ -69,8 +83,8 @@ def quantize_ref(x: _F32) -> npt.NDArray[np.uint8]:
 def dequantize_activations_ref(rows: npt.NDArray[np.uint8]) -> _F32:
     """The values a quantised row stands for: (..., K / 32 * 40) uint8 -> (..., K) float32."""
     blocks = np.ascontiguousarray(rows).view(RECORD)
-    values = blocks["q"].astype(np.float32) * blocks["d"][..., None]
-    return values.reshape(*rows.shape[:-1], -1).astype(np.float32)
+    values: _F32 = blocks["q"].astype(np.float32) * blocks["d"][..., None]
+    return values.reshape(*rows.shape[:-1], -1)
 
 
 def quantize(x: _F32) -> npt.NDArray[np.uint8]:

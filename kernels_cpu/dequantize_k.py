@@ -10,8 +10,13 @@ from typing import Any
 from edgert.kernels_cpu.dequantize_simple import bits, iq4_value, ld_16_bytes, shifted
 from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.lanes import (
-    high_nibbles, ld_bytes16, ld_half_split, low_nibbles, st16, to_float,
-)  # fmt: skip
+    high_nibbles,
+    ld_bytes16,
+    ld_half_split,
+    low_nibbles,
+    st16,
+    to_float,
+)
 from edgert.kernels_cpu.simd import const_of, vec, vmul, vor, vsub
 
 __all__ = ["iq4_xs", "q2_k", "q3_k", "q5_k"]

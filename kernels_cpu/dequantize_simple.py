@@ -17,8 +17,13 @@ from numba import types
 from edgert.kernels_cpu.isa import ISA, PORTABLE
 from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.lanes import (
-    high_nibbles, ld_bytes16, ld_half_split, low_nibbles, st16, to_float,
-)  # fmt: skip
+    high_nibbles,
+    ld_bytes16,
+    ld_half_split,
+    low_nibbles,
+    st16,
+    to_float,
+)
 from edgert.kernels_cpu.simd import const_of, loader, vadd, vec, vmul, vor, vsub
 from edgert.kernels_cpu.vectors import I32, constant, declare, operation, splat
 from edgert.quant.reference import IQ4_VALUES, MXFP4_VALUES

@@ -11,9 +11,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 import llvmlite
 import numba
-import platformdirs
 
+from edgert.kernels_cpu.cache import cache_root, sources_digest
 from edgert.kernels_cpu.isa import target_key
 
 __all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "inline", "kernel", "void"]
@@ -31,15 +31,14 @@ __all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "inline", "kernel", "vo
 JIT = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
 _KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
 _KEPT_SECONDS = 86_400  # a younger one may be in use by another process
+_COMPILING = threading.RLock()  # Numba's place for the cache is one setting for the process
 _F = TypeVar("_F", bound=Callable[..., Any])
 _TYPES = {"i": numba.types.int64, "f": numba.types.float32}
 
 
 def cache_key(folder: Path | None = None) -> str:
     """20 hex digits that change when any kernel source in `folder`, Numba or the CPU changes."""
-    digest = hashlib.sha256()
-    for path in sorted((folder or Path(__file__).parent).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest = hashlib.sha256(sources_digest(folder).encode())
     for part in (numba.__version__, llvmlite.__version__, *target_key()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
@@ -70,9 +69,7 @@ def cache_folder() -> Path:
 
     The root is `NUMBA_CACHE_DIR` where the user has set it, else the user's cache folder.
     """
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    root = Path(given) if given else Path(platformdirs.user_cache_dir("edgert", appauthor=False))
-    root /= "kernels"
+    root = cache_root()
     folder = root / cache_key()
     existed = folder.is_dir()
     if _writable(folder):
@@ -143,15 +140,18 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None], signature: Any) -> None:
         self.py_func = function
-        self.name = function.__name__.strip("_")
+        self.name = function.__name__.strip("_").removesuffix("_kernel")
         self.signature = signature
         self._compiled: Any = None
 
     def compile(self) -> Kernel:
-        """Compile now, or load from the cache."""
+        """Compile now, or load from the cache. Safe from several threads."""
         if self._compiled is None:
-            with _numba_cache():
-                self._compiled = numba.cfunc(self.signature, cache=True, **JIT)(self.py_func)
+            with _COMPILING:
+                if self._compiled is None:
+                    with _numba_cache():
+                        compiled = numba.cfunc(self.signature, cache=True, **JIT)(self.py_func)
+                    self._compiled = compiled
         return self
 
     @property

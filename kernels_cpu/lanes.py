@@ -26,20 +26,42 @@ from numba.extending import intrinsic
 from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
 from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.simd import (
-    bc_f32x16, bc_f32x8, const_of, ld_bf16x16, ld_bf16x8, ld_f16x16, ld_f16x8, ld_f32x16,
-    ld_f32x8, loader, prefetch, st_f32x16, st_f32x8, vadd, vec, vmul, zero_f32x16,
-)  # fmt: skip
+    bc_f32x8,
+    bc_f32x16,
+    const_of,
+    ld_bf16x8,
+    ld_bf16x16,
+    ld_f16x8,
+    ld_f16x16,
+    ld_f32x8,
+    ld_f32x16,
+    loader,
+    prefetch,
+    st_f32x8,
+    st_f32x16,
+    vadd,
+    vec,
+    vmul,
+    zero_f32x16,
+)
 from edgert.kernels_cpu.vectors import (
-    I32, Vec, constant, declare, half_to_float, load, operation, splat,
-)  # fmt: skip
+    I32,
+    Vec,
+    constant,
+    declare,
+    half_to_float,
+    load,
+    operation,
+    splat,
+)
 
 __all__ = [
     "LANES", "PARTS", "TILE_ROWS", "bc16", "bcL", "bs16", "bsL", "bx16", "bxL", "dot16_scaled",
-    "high_nibbles", "ld16", "ldL", "ld_bf16L", "ld_bytes16", "ld_f16L", "ld_f16_16", "ld_half_split",
-    "ld_pairs16", "ld_pairsL", "ld_s8_16", "ld_u8f16", "ld_u8fL", "ld_w16", "ld_wL",
-    "low_nibbles", "mac_s8", "mac_u8", "minus8_16", "minus8_L", "mul_u8", "offset_s8",
-    "ones16", "onesL", "pair_dot", "prefetch_lines", "pair_high", "pair_low", "q6_bits_0", "q6_bits_1", "q6_bits_2", "q6_bits_3", "st16", "stL", "sum_u8",
-    "times32", "to_float", "zero16", "zeroL",
+    "high_nibbles", "ld16", "ldL", "ld_bf16L", "ld_bytes16", "ld_f16L", "ld_f16_16",
+    "ld_half_split", "ld_pairs16", "ld_pairsL", "ld_u8f16", "ld_u8fL", "ld_w16", "ld_wL",
+    "low_nibbles", "mac_s8", "mac_u8", "minus8_16", "minus8_L", "mul_u8", "offset_s8", "ones16",
+    "onesL", "pair_dot", "pair_high", "pair_low", "prefetch_lines", "q6_bits_0", "q6_bits_1",
+    "q6_bits_2", "q6_bits_3", "st16", "stL", "sum_u8", "times32", "to_float", "zero16", "zeroL",
 ]  # fmt: skip
 
 TILE_ROWS = 16
@@ -91,7 +113,6 @@ ld_u8fL = _convert_loader("i8", ("zext", "uitofp"), vec("f32", LANES))
 ld_pairs16 = _convert_loader("i8", ("sext",), vec("i16", 32))  # int8 pairs, one for each row
 ld_pairsL = _convert_loader("i8", ("sext",), vec("i16", 2 * LANES))
 ld_bytes16 = _convert_loader("i8", ("zext",), vec("i32", 16))
-ld_s8_16 = _convert_loader("i8", ("sext",), vec("i32", 16))
 
 
 @(lambda f: operation(vec("f32", 16), (types.intp,), f))
@@ -164,9 +185,7 @@ q6_bits_0, q6_bits_1, q6_bits_2, q6_bits_3 = (
 to_float = _typed(
     1, lambda v: vec("f32", v.n), lambda ctx, b, sig, args: b.sitofp(args[0], sig.return_type.llvm)
 )
-times32 = _typed(
-    1, lambda v: v, lambda ctx, b, sig, args: b.shl(args[0], _const_like(args[0], 5))
-)
+times32 = _typed(1, lambda v: v, lambda ctx, b, sig, args: b.shl(args[0], _const_like(args[0], 5)))
 
 
 # --- integer dot products -------------------------------------------------------------------
@@ -289,9 +308,7 @@ mac_u8 = _typed(3, _partial, _emit_mac_u8)
 sum_u8 = _typed(1, lambda p: vec("i32", p.n // 2) if ISA is AVX2 else p, _emit_sum_u8)
 mac_s8 = _typed(3, lambda v: vec("i32", v.n // 4), _emit_mac_s8)
 offset_s8 = _typed(1, lambda v: vec("i32", v.n // 2), _emit_offset_s8)
-pair_dot = _typed(
-    2, lambda v: vec("i32", v.n // 2), lambda ctx, b, sig, args: _pair_dot(b, *args)
-)
+pair_dot = _typed(2, lambda v: vec("i32", v.n // 2), lambda ctx, b, sig, args: _pair_dot(b, *args))
 
 
 def _emit_pair(high: bool) -> _Emit:

@@ -83,14 +83,14 @@ def matmul(
     return np.ascontiguousarray(y[:, :rows])
 
 
-def _check_input(
-    fmt: QuantFormat, tiles: _U8, x: npt.NDArray[np.generic], rows: int
-) -> int:
+def _check_input(fmt: QuantFormat, tiles: _U8, x: npt.NDArray[np.generic], rows: int) -> int:
     """K of a matmul whose arguments fit each other."""
     quantised = x.dtype == np.uint8 and takes_quantized_input(fmt)
     if x.ndim != 2 or not x.flags.c_contiguous or not (x.dtype == np.float32 or quantised):
         raise InputError(f"{fmt.name}: x must be contiguous rows, not {x.dtype} {list(x.shape)}")
-    K = x.shape[1] // activations.BLOCK_BYTES * activations.BLOCK if quantised else x.shape[1]
+    K: int = x.shape[1]
+    if quantised:
+        K = K // activations.BLOCK_BYTES * activations.BLOCK
     if rows < 1 or K < 1 or K % fmt.block_size:
         raise InputError(f"{fmt.name}: {rows} rows of {K} weights in blocks of {fmt.block_size}")
     expected = matrix_bytes(fmt, rows, K)

@@ -14,10 +14,32 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES, bc16, bcL, bs16, bsL, bx16, bxL, high_nibbles, ld_f16L, ld_f16_16, ld_w16, ld_wL,
-    low_nibbles, mac_s8, mac_u8, minus8_16, minus8_L, mul_u8, offset_s8, pair_dot,
-    prefetch_lines, sum_u8, to_float, zero16, zeroL,
-)  # fmt: skip
+    LANES,
+    bc16,
+    bcL,
+    bs16,
+    bsL,
+    bx16,
+    bxL,
+    high_nibbles,
+    ld_f16_16,
+    ld_f16L,
+    ld_w16,
+    ld_wL,
+    low_nibbles,
+    mac_s8,
+    mac_u8,
+    minus8_16,
+    minus8_L,
+    mul_u8,
+    offset_s8,
+    pair_dot,
+    prefetch_lines,
+    sum_u8,
+    to_float,
+    zero16,
+    zeroL,
+)
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, vadd, vmul
 
@@ -118,7 +140,7 @@ def _q4_0_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -
 
 
 @kernel(MATMUL)
-def _q8_0(
+def _matmul_q8_0_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -129,7 +151,7 @@ def _q8_0(
 
 
 @kernel(MATMUL)
-def _q4_0(
+def _matmul_q4_0_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -139,4 +161,4 @@ def _q4_0(
     )  # fmt: skip
 
 
-KERNELS: dict[str, Kernel] = {"Q8_0": _q8_0, "Q4_0": _q4_0}
+KERNELS: dict[str, Kernel] = {"Q8_0": _matmul_q8_0_kernel, "Q4_0": _matmul_q4_0_kernel}

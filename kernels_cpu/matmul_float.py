@@ -1,6 +1,7 @@
 """F32, F16 and BF16 weights times float32 activations.
 
-    acc_p = fma(w[k], x[k], acc_p) for k = p, p + 4, p + 8, ...;  y = (acc_0 + acc_1) + (acc_2 + acc_3)
+    acc_p = fma(w[k], x[k], acc_p) for k = p, p + 4, p + 8, ...
+    y = (acc_0 + acc_1) + (acc_2 + acc_3)
 
 Four sums, because one chain of fused multiply-adds would wait for its own latency. Halves become
 float32 exactly. Owns: the inner loops over one tile for one token (16 rows wide) and for two
@@ -13,8 +14,17 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES, bc16, bcL, ld16, ldL, ld_bf16L, ld_f16L, ld_f16_16, zero16, zeroL,
-)  # fmt: skip
+    LANES,
+    bc16,
+    bcL,
+    ld16,
+    ld_bf16L,
+    ld_f16_16,
+    ld_f16L,
+    ldL,
+    zero16,
+    zeroL,
+)
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, ld_bf16x16, vadd
 
@@ -138,7 +148,7 @@ def _bf16_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -
 
 
 @kernel(MATMUL)
-def _f32(
+def _matmul_f32_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -149,7 +159,7 @@ def _f32(
 
 
 @kernel(MATMUL)
-def _f16(
+def _matmul_f16_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -160,7 +170,7 @@ def _f16(
 
 
 @kernel(MATMUL)
-def _bf16(
+def _matmul_bf16_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -170,4 +180,4 @@ def _bf16(
     )  # fmt: skip
 
 
-KERNELS: dict[str, Kernel] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
+KERNELS: dict[str, Kernel] = {"F32": _matmul_f32_kernel, "F16": _matmul_f16_kernel, "BF16": _matmul_bf16_kernel}

@@ -16,11 +16,42 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
-    LANES, bc16, bcL, bs16, bsL, bx16, bxL, dot16_scaled, high_nibbles, ld_f16L, ld_f16_16,
-    ld_pairs16, ld_pairsL, ld_u8f16, ld_u8fL, ld_w16, ld_wL, low_nibbles, mac_u8, mul_u8,
-    ones16, onesL, pair_dot, pair_high, pair_low, prefetch_lines, q6_bits_0, q6_bits_1,
-    q6_bits_2, q6_bits_3, sum_u8, times32, to_float, zero16, zeroL,
-)  # fmt: skip
+    LANES,
+    bc16,
+    bcL,
+    bs16,
+    bsL,
+    bx16,
+    bxL,
+    dot16_scaled,
+    high_nibbles,
+    ld_f16_16,
+    ld_f16L,
+    ld_pairs16,
+    ld_pairsL,
+    ld_u8f16,
+    ld_u8fL,
+    ld_w16,
+    ld_wL,
+    low_nibbles,
+    mac_u8,
+    mul_u8,
+    ones16,
+    onesL,
+    pair_dot,
+    pair_high,
+    pair_low,
+    prefetch_lines,
+    q6_bits_0,
+    q6_bits_1,
+    q6_bits_2,
+    q6_bits_3,
+    sum_u8,
+    times32,
+    to_float,
+    zero16,
+    zeroL,
+)
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive
 from edgert.kernels_cpu.simd import fma, fnma, vadd, vmul, vor, vsub
 
@@ -227,7 +258,7 @@ def _q6_k_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -
 
 
 @kernel(MATMUL)
-def _q4_k(
+def _matmul_q4_k_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -238,7 +269,7 @@ def _q4_k(
 
 
 @kernel(MATMUL)
-def _q6_k(
+def _matmul_q6_k_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -248,4 +279,4 @@ def _q6_k(
     )  # fmt: skip
 
 
-KERNELS: dict[str, Kernel] = {"Q4_K": _q4_k, "Q6_K": _q6_k}
+KERNELS: dict[str, Kernel] = {"Q4_K": _matmul_q4_k_kernel, "Q6_K": _matmul_q6_k_kernel}

@@ -69,7 +69,7 @@ def _run(
 
 
 @kernel(MATMUL)
-def _q4_1(
+def _matmul_q4_1_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -80,7 +80,7 @@ def _q4_1(
 
 
 @kernel(MATMUL)
-def _q5_0(
+def _matmul_q5_0_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -91,7 +91,7 @@ def _q5_0(
 
 
 @kernel(MATMUL)
-def _q5_1(
+def _matmul_q5_1_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -102,7 +102,7 @@ def _q5_1(
 
 
 @kernel(MATMUL)
-def _q2_k(
+def _matmul_q2_k_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -113,7 +113,7 @@ def _q2_k(
 
 
 @kernel(MATMUL)
-def _q3_k(
+def _matmul_q3_k_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -124,7 +124,7 @@ def _q3_k(
 
 
 @kernel(MATMUL)
-def _q5_k(
+def _matmul_q5_k_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -135,7 +135,7 @@ def _q5_k(
 
 
 @kernel(MATMUL)
-def _iq4_nl(
+def _matmul_iq4_nl_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -146,7 +146,7 @@ def _iq4_nl(
 
 
 @kernel(MATMUL)
-def _iq4_xs(
+def _matmul_iq4_xs_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -157,7 +157,7 @@ def _iq4_xs(
 
 
 @kernel(MATMUL)
-def _mxfp4(
+def _matmul_mxfp4_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
@@ -168,13 +168,13 @@ def _mxfp4(
 
 
 KERNELS: dict[str, Kernel] = {
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
-    "Q5_K": _q5_k,
-    "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs,
-    "MXFP4": _mxfp4,
+    "Q4_1": _matmul_q4_1_kernel,
+    "Q5_0": _matmul_q5_0_kernel,
+    "Q5_1": _matmul_q5_1_kernel,
+    "Q2_K": _matmul_q2_k_kernel,
+    "Q3_K": _matmul_q3_k_kernel,
+    "Q5_K": _matmul_q5_k_kernel,
+    "IQ4_NL": _matmul_iq4_nl_kernel,
+    "IQ4_XS": _matmul_iq4_xs_kernel,
+    "MXFP4": _matmul_mxfp4_kernel,
 }

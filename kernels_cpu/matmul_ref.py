@@ -80,8 +80,10 @@ _Split = tuple[npt.NDArray[np.int64], _F32, _F32 | None]  # q (M, B, 32), scale 
 
 
 def _half(blocks: _U8, offset: int) -> _F32:
-    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view(np.float16)[..., 0].astype(
-        np.float32
+    return (
+        np.ascontiguousarray(blocks[..., offset : offset + 2])
+        .view(np.float16)[..., 0]
+        .astype(np.float32)
     )
 
 

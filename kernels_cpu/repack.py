@@ -13,13 +13,32 @@ import numpy as np
 
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
-    ld_i16, ld_i32, ld_i64, ld_i8, ld_u8, st_i16, st_i32, st_i8, stack_buffer,
-)  # fmt: skip
+    const_of,
+    ld_i8,
+    ld_i16,
+    ld_i32,
+    ld_i64,
+    ld_u8,
+    st_i8,
+    st_i16,
+    st_i32,
+    storer,
+    vec,
+)
 
-__all__ = ["expand_q4_k", "repack_blocks"]
+__all__ = ["repack_blocks", "expand_q4_k"]
 
 _REPACK = void("iiiiiiii")
-_q4_k_buffer = stack_buffer(16 * 160)
+_Q4_K_BYTES, _Q4_K_GROUP = 2368, 576  # of a block of 16 rows, of one of its four groups
+_zero_16_bytes = const_of(vec("i8", 16), [0])
+_st_16_bytes = storer(vec("i8", 16))
+
+
+@inline
+def _clear(out: Any, nbytes: Any) -> None:
+    """Zero `nbytes`, a multiple of 16."""
+    for i in range(nbytes // 16):
+        _st_16_bytes(out + 16 * i, _zero_16_bytes())
 
 
 @inline
@@ -36,29 +55,6 @@ def _move(source: Any, out: Any, unit: Any, count: Any) -> None:
             st_i8(out + 16 * i, ld_i8(source + i))
 
 
-@inline
-def _clear(out: Any, unit: Any, count: Any) -> None:
-    for i in range(unit * count):  # a byte of each unit after another, of this row only
-        st_i8(out + 16 * unit * (i // unit) + i % unit, np.int8(0))
-
-
-@inline
-def _move_block(
-    raw: Any, out: Any, rows_here: Any, stride: Any, pieces: Any, n_pieces: Any
-) -> None:
-    """One block of 16 rows: row r is at raw + r * stride; rows from `rows_here` on are zeros."""
-    at = out
-    for piece in range(n_pieces):
-        offset = ld_i64(pieces + 24 * piece)
-        unit = ld_i64(pieces + 24 * piece + 8)
-        count = ld_i64(pieces + 24 * piece + 16)
-        for r in range(rows_here):
-            _move(raw + r * stride + offset, at + r * unit, unit, count)
-        for r in range(rows_here, 16):
-            _clear(at + r * unit, unit, count)
-        at += 16 * unit * count
-
-
 @kernel(_REPACK)
 def repack_blocks(
     raw: int, out: int, rows: int, row_bytes: int, blocks: int, block_bytes: int,
@@ -68,25 +64,37 @@ def repack_blocks(
     for tile in range((rows + 15) // 16):
         source = raw + 16 * tile * row_bytes
         rows_here = min(16, rows - 16 * tile)
-        for block in range(blocks):
-            _move_block(source, out, rows_here, row_bytes, pieces, n_pieces)
+        if rows_here < 16:
+            _clear(out, 16 * block_bytes * blocks)
+        for _ in range(blocks):
+            at = out
+            for piece in range(n_pieces):
+                offset = ld_i64(pieces + 24 * piece)
+                unit = ld_i64(pieces + 24 * piece + 8)
+                count = ld_i64(pieces + 24 * piece + 16)
+                for r in range(rows_here):
+                    _move(source + r * row_bytes + offset, at + r * unit, unit, count)
+                at += 16 * unit * count
             source += block_bytes
             out += 16 * block_bytes
 
 
 @inline
-def _expand_row(raw: Any, out: Any) -> None:
-    """One Q4_K block of 144 bytes -> 148: its 6-bit scales and mins as bytes."""
-    st_i32(out, ld_i32(raw))
-    for j in range(4):
-        low, high = ld_u8(raw + 4 + j), ld_u8(raw + 8 + j)
-        mixed = ld_u8(raw + 12 + j)
-        st_i8(out + 4 + 2 * j, np.int8(low & 63))
-        st_i8(out + 5 + 2 * j, np.int8(high & 63))
-        st_i8(out + 12 + 2 * j, np.int8((mixed & 15) | ((low >> 6) << 4)))
-        st_i8(out + 13 + 2 * j, np.int8((mixed >> 4) | ((high >> 6) << 4)))
-    for i in range(32):
-        st_i32(out + 20 + 4 * i, ld_i32(raw + 16 + 4 * i))
+def _q4_k_row(raw: Any, out: Any, r: Any) -> None:
+    """One block of 144 bytes to row `r` of the block at `out`; 6-bit scales and mins to bytes."""
+    st_i16(out + 2 * r, ld_i16(raw))
+    st_i16(out + 32 + 2 * r, ld_i16(raw + 2))
+    for j in range(4):  # sub-blocks j and 4 + j
+        low, high, mixed = ld_u8(raw + 4 + j), ld_u8(raw + 8 + j), ld_u8(raw + 12 + j)
+        at = out + 64 + _Q4_K_GROUP * (j >> 1) + 32 * (j & 1) + r
+        st_i8(at, np.int8(low & 63))
+        st_i8(at + 16, np.int8(high & 63))
+        st_i8(at + 2 * _Q4_K_GROUP, np.int8((mixed & 15) | ((low >> 6) << 4)))
+        st_i8(at + 2 * _Q4_K_GROUP + 16, np.int8((mixed >> 4) | ((high >> 6) << 4)))
+    for group in range(4):
+        at = out + 128 + _Q4_K_GROUP * group + 4 * r
+        for i in range(8):
+            st_i32(at + 64 * i, ld_i32(raw + 16 + 32 * group + 4 * i))
 
 
 @kernel(_REPACK)
@@ -94,14 +102,14 @@ def expand_q4_k(
     raw: int, out: int, rows: int, row_bytes: int, blocks: int, block_bytes: int,
     pieces: int, n_pieces: int,
 ) -> None:  # fmt: skip
-    """Q4_K: `block_bytes` counts the expanded block, built on the stack row by row."""
-    buffer = _q4_k_buffer()
+    """Q4_K, its scales expanded; `block_bytes`, `pieces` and `n_pieces` are not needed."""
     for tile in range((rows + 15) // 16):
         source = raw + 16 * tile * row_bytes
         rows_here = min(16, rows - 16 * tile)
+        if rows_here < 16:
+            _clear(out, _Q4_K_BYTES * blocks)
         for _ in range(blocks):
             for r in range(rows_here):
-                _expand_row(source + r * row_bytes, buffer + 160 * r)
-            _move_block(buffer, out, rows_here, 160, pieces, n_pieces)
+                _q4_k_row(source + r * row_bytes, out, r)
             source += 144
-            out += 16 * block_bytes
+            out += _Q4_K_BYTES

@@ -5,8 +5,8 @@ fixed sequence). Results are defined per lane and do not depend on the CPU: LLVM
 16-lane vector into two 8-lane halves on AVX2 and four 4-lane ones on NEON or SSE. There is no
 fast-math: what is written is what is computed, and `fma` rounds once everywhere.
 
-Owns: loads, stores, lane arithmetic. Must not know number formats or what
-the vectors mean. Addresses are plain integers (`array.ctypes.data + offset`); nothing is checked.
+Owns: loads, stores, lane arithmetic. Must not know number formats or what the vectors mean.
+Addresses are plain integers (`array.ctypes.data + offset`); nothing is checked.
 """
 
 from __future__ import annotations
@@ -19,11 +19,36 @@ from numba import types
 from numba.extending import intrinsic
 
 from edgert.kernels_cpu.vectors import (
-    I32, LLVM, SCALAR, Emit, Vec, constant, declare, float_to_half, generic, half_to_float,
-    is_float, load, operation, splat, store, suffix, vec,
-)  # fmt: skip
+    I32,
+    LLVM,
+    SCALAR,
+    Emit,
+    Vec,
+    constant,
+    declare,
+    float_to_half,
+    generic,
+    half_to_float,
+    is_float,
+    load,
+    operation,
+    splat,
+    store,
+    suffix,
+    vec,
+)
 
-__all__ = ["F32x16", "I32x16", "I8x64", "Vec", "bc_f32x16", "bc_f32x8", "bc_i32x16", "bc_i32x8", "bitcast_to", "const_of", "convert_to", "f32_to_i32", "fma", "fnma", "i32_to_f32", "ld_bf16x16", "ld_bf16x8", "ld_f16", "ld_f16x16", "ld_f16x8", "ld_f32", "ld_f32x16", "ld_f32x8", "ld_i16", "ld_i32", "ld_i64", "ld_i8", "ld_u16", "ld_u32", "ld_u8", "llvm_op", "loader", "neg_f32x16", "operation", "prefetch", "reduce_add", "reduce_max", "select_ge", "select_gt", "shift_of", "shuffle_of", "splat_f32x16", "splat_f32x8", "splat_i32x16", "st_f16x16", "st_f32", "st_f32x16", "st_f32x8", "st_i16", "st_i32", "st_i64", "st_i8", "stack_buffer", "storer", "vabs", "vadd", "vand", "vdiv", "vec", "vmax", "vmin", "vmul", "vor", "vrint", "vsqrt", "vsub", "vxor", "zero_f32x16", "zero_i32x16"]  # fmt: skip
+__all__ = [
+    "F32x16", "I32x16", "I8x64", "Vec", "bc_f32x16", "bc_f32x8", "bc_i32x16", "bc_i32x8",
+    "bitcast_to", "const_of", "convert_to", "f32_to_i32", "fma", "fnma", "i32_to_f32",
+    "ld_bf16x16", "ld_bf16x8", "ld_f16", "ld_f16x16", "ld_f16x8", "ld_f32", "ld_f32x16",
+    "ld_f32x8", "ld_i16", "ld_i32", "ld_i64", "ld_i8", "ld_u16", "ld_u32", "ld_u8", "llvm_op",
+    "loader", "neg_f32x16", "operation", "prefetch", "reduce_add", "reduce_max", "select_ge",
+    "select_gt", "shift_of", "shuffle_of", "splat_f32x16", "splat_f32x8", "splat_i32x16",
+    "st_f16x16", "st_f32", "st_f32x16", "st_f32x8", "st_i16", "st_i32", "st_i64", "st_i8",
+    "stack_buffer", "storer", "vabs", "vadd", "vand", "vdiv", "vec", "vmax", "vmin", "vmul",
+    "vor", "vrint", "vsqrt", "vsub", "vxor", "zero_f32x16", "zero_i32x16",
+]  # fmt: skip
 
 F32x16 = Any  # names for annotations only: Numba infers the types, mypy cannot see them
 I32x16 = Any

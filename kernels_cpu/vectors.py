@@ -91,7 +91,7 @@ def generic(arity: int, emit: Emit, float_only: bool = False) -> Any:
 def is_float(value: Any) -> bool:
     """True for an LLVM value of float32, scalar or vector."""
     kind = value.type
-    return (kind.element if isinstance(kind, ir.VectorType) else kind) == LLVM["f32"]
+    return bool((kind.element if isinstance(kind, ir.VectorType) else kind) == LLVM["f32"])
 
 
 def suffix(kind: Any) -> str:

@@ -271,8 +271,8 @@ def test_detect_takes_the_best_that_is_complete() -> None:
 @pytest.mark.parametrize("variant", sorted(_VARIANTS))
 def test_instruction_sets_agree_to_the_bit(variant: str) -> None:
     cpu, features, isa = _VARIANTS[variant]
-    if variant == "avx2" and ISA is PORTABLE:
-        pytest.skip("this CPU lacks AVX2")
+    if variant == "avx2" and ISA is not AVX512_VNNI:
+        pytest.skip("on this CPU the other tests run AVX2, or it lacks it")
     env = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
     assert run_cases(env) == [isa.name, *run_cases({})[1:]]
 
@@ -291,4 +291,4 @@ def run_cases(env: dict[str, str]) -> list[str]:
 
 def test_warm_up_names_each_kernel_once() -> None:
     names = list(warm_up([BY_NAME["Q4_0"], BY_NAME["Q8_0"], BY_NAME["Q4_0"]]))
-    assert names == ["repack_blocks", "quantize_rows", "q4_0", "q8_0"]
+    assert names == ["repack_blocks", "quantize_rows", "matmul_q4_0", "matmul_q8_0"]

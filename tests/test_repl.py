@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
@@ -138,6 +139,19 @@ def test_without_a_template_texts_are_continued(engine: edgert.Engine, tiny_gguf
     assert talk.messages[-1]["content"] == whole.text
 
 
+def test_plain_lines_where_no_editor_can_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the hen\n"))
+    read = repl.line_reader(history=True)
+    assert read(">>> ") == "the hen"
+    with pytest.raises(EOFError):
+        read(">>> ")
+    said = capsys.readouterr()
+    assert said.out == "" and "plain line input" in said.err
+
+
 # ----------------------------------------------------------------------------- a real terminal
 
 
@@ -147,7 +161,8 @@ class Terminal:
     def __init__(self, *arguments: object, **env: str) -> None:
         import pty
 
-        self.seen = ""
+        self.seen = ""  # since what was waited for last
+        self.all = ""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.execve(sys.executable, argv(*arguments), environment(**env))
@@ -159,9 +174,11 @@ class Terminal:
             assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
             if select.select([self.fd], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+                    read = os.read(self.fd, 65536).decode("utf-8", "replace")
                 except OSError:
                     raise AssertionError(f"it ended: {self.seen!r}") from None
+                self.seen += read
+                self.all += read
         self.seen = self.seen.partition(text)[2]
 
     def type(self, keys: str) -> None:
@@ -170,12 +187,30 @@ class Terminal:
     def end(self) -> int:
         """Read what is left; the exit code."""
         try:
-            while os.read(self.fd, 65536):
-                pass
+            while read := os.read(self.fd, 65536):
+                self.all += read.decode("utf-8", "replace")
         except OSError:
             pass
         os.close(self.fd)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are a POSIX thing")
+def test_progress_is_shown_in_terminals(tiny_gguf: Path) -> None:
+    terminal = Terminal("run", tiny_gguf, "-n", 1, "-p", "the hen " * 5, TERM="xterm")
+    for what in ("load", "prefill", "the hen", "# 1 tok"):
+        terminal.wait(what)
+    assert terminal.end() == 0
+    assert terminal.all.index("prefill") < terminal.all.index("the hen"), "the bar would wipe it"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are a POSIX thing")
+def test_colour_is_for_terminals_that_want_it() -> None:
+    for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        terminal = Terminal("run", "no.gguf", "-p", "a", TERM="xterm", **env)
+        terminal.wait("error:")
+        assert terminal.end() == 3
+        assert ("\x1b[" in terminal.all) == coloured
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are a POSIX thing")

@@ -42,8 +42,14 @@ def group(limit_bytes: int) -> MemoryGroup:
         pytest.skip(f"this machine gives no control group: {error}")
 
 
-def groups_left() -> list[Path]:
-    return list(Path("/sys/fs/cgroup").rglob("edgert-*"))
+def groups_of(process: int) -> list[Path]:
+    return list(Path("/sys/fs/cgroup").rglob(f"edgert-stress-{process}-*"))
+
+
+def orphans() -> list[Path]:
+    """Groups whose maker has ended."""
+    groups = Path("/sys/fs/cgroup").rglob("edgert-stress-*")
+    return [path for path in groups if not Path("/proc", path.name.split("-")[2]).exists()]
 
 
 # ----------------------------------------------------------------------------- the judge
@@ -84,7 +90,7 @@ def test_a_group_limits_and_measures() -> None:
             assert run.returncode == expected
             peak = limit.peak_bytes()
             assert peak is None or min(size, 90 * MIB) < peak <= 100 * MIB
-    assert groups_left() == []
+    assert groups_of(os.getpid()) == []
 
 
 def test_a_group_is_removed_with_what_runs_inside() -> None:
@@ -93,7 +99,7 @@ def test_a_group_is_removed_with_what_runs_inside() -> None:
         while not limit.current_bytes():
             time.sleep(0.01)
     assert child.wait(10) != 0
-    assert groups_left() == []
+    assert groups_of(os.getpid()) == []
 
 
 def test_wrong_use(tiny_gguf: Path) -> None:
@@ -116,7 +122,7 @@ def test_the_command_compares_budgets(tiny_gguf: Path, tmp_path: Path) -> None:
     assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 4
     assert 0 < second["peak_bytes"] < second["budget_bytes"] < 2**30
     assert not more or plot.read_bytes().startswith(b"\x89PNG")
-    assert groups_left() == []
+    assert orphans() == []
 
 
 def has_matplotlib() -> bool:
@@ -145,11 +151,11 @@ def test_interruption_leaves_no_group_behind(number: signal.Signals, tiny_gguf: 
         env=environment(PYTHONWARNINGS="ignore"),
     )
     end = time.monotonic() + 60
-    while not groups_left() and child.poll() is None and time.monotonic() < end:
+    while not groups_of(child.pid) and child.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     child.send_signal(number)
     out, errors = child.communicate(timeout=60)
-    assert groups_left() == []
+    assert groups_of(child.pid) == []
     assert child.returncode in (130, 0) and b"Traceback" not in errors
     assert child.returncode == 130 or b"no control group" in errors
 

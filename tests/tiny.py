@@ -124,7 +124,7 @@ def prompt_of(family: str, count: int) -> list[int]:
     return [1, *(3 + drawn.astype(int)).tolist()]
 
 
-@lru_cache(maxsize=2)
+@lru_cache  # 60 MB when every family has been asked for
 def float_weights(family: str, seed: int) -> dict[str, Array]:
     """The weights before they are stored: float32 by GGUF name."""
     f = FAMILIES[family]
