@@ -84,7 +84,7 @@ class SamplingParams:
 class LoadOptions:
     """How a model is loaded; None leaves the choice to the plan. Raises `InputError`."""
 
-    memory_budget: int | str | None = None  # bytes, "1.5GiB" or "50%" (of what is free)
+    memory_budget: int | str | None = None  # bytes, "1.5GiB" or "50%" of what the whole model needs
     context_length: int | None = None  # tokens
     threads: int | None = None
     kv_cache_type: str = "f16"

@@ -272,17 +272,14 @@ class Engine:
             self._closed = True
         forward = getattr(self, "forward", None)
         if forward is not None:
-            forward.cancel()
-            with forward.lock:
-                self._release()
-        else:
-            self._release()
+            forward.close()
+        self._release()
 
     def _release(self) -> None:
-        self.weights.close()
         team = getattr(self, "_team", None)
         if team is not None:
             team.close()
+        self.weights.close()
         self._backend.close()
         self._arena.close()
         trim_heap()

@@ -18,16 +18,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgert.errors import CancelledError, ContextError, InputError
+from edgert.errors import CancelledError, ContextError, EdgertError, InputError
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.program import Program
 from edgert.plan import Plan
 from edgert.threads import ThreadTeam
 from edgert.weights import Weights
 
-__all__ = ["Forward", "PassStats"]
+__all__ = ["Forward", "PassStats", "Ticket"]
 
 _F32 = npt.NDArray[np.float32]
+
+
+class Ticket:
+    """Names a request, or a row of them, so that it can be cancelled without the others."""
+
+    __slots__ = ("cancelled",)
+
+    def __init__(self) -> None:
+        self.cancelled = False
 
 
 @dataclass(slots=True)
@@ -41,7 +50,7 @@ class PassStats:
 
 
 class Forward:
-    """Runs the program. Calls are serialised by `lock`; any thread may call `cancel`."""
+    """Runs the program. Calls are serialised by `lock`; any thread may call `cancel`, `close`."""
 
     def __init__(
         self,
@@ -60,15 +69,24 @@ class Forward:
         self._logits = logits  # (logit_rows, vocabulary padded)
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._pass = 0  # of the dense stream
-        self._cancelled = False
         self._broken = False
+        self._closed = False
+        self._ticket: Ticket | None = None  # of the request under way
         self.lock = threading.RLock()
         self.stats = PassStats()
 
-    def cancel(self) -> None:
-        """End the pass under way within one op, and refuse further ones until `resume`."""
-        self._cancelled = True
+    def cancel(self, ticket: Ticket) -> None:
+        """End the requests with this ticket, one under way within one op; no other is touched."""
+        ticket.cancelled = True
+        if self._ticket is ticket:
+            self._team.stop()
+
+    def close(self) -> None:
+        """Stop the pass under way and wait for it; every later one is refused. Idempotent."""
+        self._closed = True
         self._team.stop()
+        with self.lock:
+            pass
 
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
@@ -85,6 +103,7 @@ class Forward:
         vocabulary: int,
         *,
         every: bool = False,
+        ticket: Ticket | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> _F32:
         """Logits of the last token, float32 (1, vocabulary); with `every`, of all: (n, vocabulary).
@@ -94,7 +113,10 @@ class Forward:
         """
         self._check(tokens, vocabulary)
         with self.lock:
-            self._cancelled = False
+            if self._closed:
+                raise EdgertError("the engine is closed; load the model again")
+            self._ticket = ticket
+            self._team.arm()
             start = 0 if every else self.reused(tokens)
             del self._cached[start:]
             chunk = min(self._plan.prefill_tokens, self._plan.logit_rows if every else 2**31)
@@ -126,6 +148,7 @@ class Forward:
         if self._broken:
             self._recover()
         n = len(tokens)
+        self._broken = True  # until the pass has ended well
         embedded = self._weights.token_rows(tokens)
         self._x[:n, : embedded.shape[1]] = embedded
         frame = self._team.frame
@@ -135,22 +158,29 @@ class Forward:
         frame[rows.F_FIRST_LOGIT] = n - wanted
         frame[rows.F_N_LOGITS] = wanted
         begin = time.perf_counter()
-        self._broken = True
-        if self._cancelled:
-            raise CancelledError()
+        self._raise_if_cancelled()
         self._team.run(self._program)
         self._weights.raise_if_failed()
         if self._team.stopped:
-            raise CancelledError()
-        self._broken = False
+            self._raise_if_cancelled()
+            # A stop that was meant for the request before and came too late: begin again.
+            self._run_pass(tokens, position, wanted)
+            return
         self._pass += 1
         self.stats.passes += 1
         self.stats.tokens += n
         self.stats.seconds += time.perf_counter() - begin
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
+        self._broken = False  # last: an interruption before here begins the streams again
+
+    def _raise_if_cancelled(self) -> None:
+        if self._closed or (self._ticket is not None and self._ticket.cancelled):
+            raise CancelledError
 
     def _recover(self) -> None:
         """Make the engine whole after a pass that did not end: streams begin again."""
+        self._team.settle()
+        self._team.arm()  # before the ticket is looked at: a cancel meanwhile is seen there
         self._weights.reset()
         self._team.take_stall_ns()
         self._pass = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 from pathlib import Path
@@ -140,8 +139,7 @@ def peak_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Collect garbage and give free heap pages back to the system (glibc keeps them otherwise)."""
-    gc.collect()
+    """Give free heap pages back to the system (glibc keeps them otherwise)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

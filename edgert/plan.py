@@ -50,8 +50,8 @@ class Shape:
     readers: int  # reader threads of each stream, with a buffer each
 
 
-# From comfortable to frugal. Direct reads reach the device's rate from 256 KiB on; larger tiles cost
-# fewer hand-overs. Four readers read and repack in turn, so that the disk never waits.
+# From comfortable to frugal. Direct reads reach the device's rate from 256 KiB on; larger tiles
+# cost fewer hand-overs. Four readers read and repack in turn, so that the disk never waits.
 _SHAPES = (
     Shape(256, 12, 2 * MIB, 4), Shape(128, 12, 2 * MIB, 4), Shape(64, 12, MIB, 4),
     Shape(32, 12, MIB // 2, 4), Shape(16, 8, MIB // 4, 4), Shape(8, 6, MIB // 4, 3),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgert.config import SamplingParams
 from edgert.errors import CancelledError, ContextError, InputError
+from edgert.forward import Ticket
 from edgert.machine import peak_bytes
 from edgert.results import (
     Completion,
@@ -112,7 +113,7 @@ class Session:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._cancelled = False
+        self._ticket = Ticket()
         self.tokens: list[int] = []
         self.last_stats: RunStats | None = None
 
@@ -127,8 +128,7 @@ class Session:
 
     def cancel(self) -> None:
         """Stop the generation under way within one op of one layer; from any thread."""
-        self._cancelled = True
-        self._engine.forward.cancel()
+        self._engine.forward.cancel(self._ticket)
 
     def generate(self, prompt: Sequence[int], options: GenerationOptions) -> Iterator[TokenEvent]:
         """Append `prompt` to the session and stream what follows.
@@ -137,7 +137,7 @@ class Session:
         keeps the tokens so far. Raises `ContextError` when the prompt leaves no room, `InputError`
         for an empty session.
         """
-        engine, self._cancelled = self._engine, False
+        engine, self._ticket = self._engine, Ticket()
         room = engine.plan.context_length - len(self.tokens) - len(prompt)
         if room < 1:
             raise ContextError(len(self.tokens) + len(prompt) + 1, engine.plan.context_length)
@@ -163,7 +163,9 @@ class Session:
         finish: FinishReason | None = None if limit else "length"
         try:
             while True:
-                logits = engine.forward.evaluate(tokens, engine.vocab_size, progress=on_prefill)
+                logits = engine.forward.evaluate(
+                    tokens, engine.vocab_size, ticket=self._ticket, progress=on_prefill
+                )
                 meter.hash = logits_hash(logits)
                 if meter.generated == 0:
                     meter.prefill_done()
@@ -188,7 +190,7 @@ class Session:
                     yield TokenEvent(text, token, meter.generated - 1, finish)
                     return
                 yield TokenEvent(text, token, meter.generated - 1)
-                if self._cancelled:
+                if self._ticket.cancelled:
                     raise CancelledError
             # The end without a token to show: its text is what was still held back.
             text = matcher.push(decoder.flush()) + matcher.flush()

@@ -1,16 +1,19 @@
 """The Python side of the thread team: N threads that sleep until there is a program to run.
 
 Owns: the threads, the control cells, starting and stopping a walk. Must not know what is computed.
-The caller's own thread only waits, so that Ctrl-C reaches it at once: it sets the stop flag, which
-every wait and every op of the walk looks at, and the call ends within one op.
+
+The caller's own thread only waits, so that Ctrl-C reaches it at once, at any line: it hands the
+walk to the team's leader in one step, and the leader starts and collects the others. After an
+interruption the stop flag ends the walk within one op, and `settle` waits for that before anything
+the walk uses is touched again.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,7 @@ from edgert.kernels_cpu.team import run_program
 __all__ = ["ThreadTeam"]
 
 _Ints = npt.NDArray[np.int64]
+_Job = tuple[int, int, int, int, int, int]  # the arguments of `run_program` after the threads
 
 
 def _cells(nbytes: int) -> _Ints:
@@ -40,29 +44,45 @@ class ThreadTeam:
         self.frame = np.zeros(rows.FRAME_FIELDS, np.int64)
         self.streams = np.zeros(rows.STREAM_FIELDS, np.int64)
         self._counters = _cells(0)
-        self._jobs: list[SimpleQueue[tuple[int, ...] | None]] = []
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._members: list[threading.Thread] = []
+        self._unsettled = False  # a walk may be under way though nobody waits for it
+        self._error: BaseException | None = None
+        self._orders: SimpleQueue[tuple[_Job | None, threading.Event] | None] = SimpleQueue()
+        self._jobs: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(1, threads)]
+        self._done: SimpleQueue[None] = SimpleQueue()
         run_program.compile()
-        for tid in range(threads):
-            jobs: SimpleQueue[tuple[int, ...] | None] = SimpleQueue()
-            member = threading.Thread(
-                target=self._member, args=(jobs,), name=f"edgert-compute-{tid}", daemon=True
-            )
-            self._jobs.append(jobs)
-            self._members.append(member)
+        works: list[Callable[[], None]] = [self._lead]
+        works += [partial(self._follow, tid) for tid in range(1, threads)]
+        self._members = [
+            threading.Thread(target=work, name=f"edgert-compute-{tid}", daemon=True)
+            for tid, work in enumerate(works)
+        ]
+        for member in self._members:
             member.start()
 
-    def _member(self, jobs: SimpleQueue[tuple[int, ...] | None]) -> None:
-        while True:
-            job = jobs.get()
-            if job is None:
-                return
-            try:
-                run_program(*job)
-                self._done.put(None)
-            except BaseException as error:  # nothing compiled raises; a ctypes error might
-                self._done.put(error)
+    def _lead(self) -> None:
+        """Thread 0: start the others, walk, wait for them, and tell whoever waits."""
+        while (order := self._orders.get()) is not None:
+            job, ended = order
+            if job is not None:
+                for jobs in self._jobs:
+                    jobs.put(job)
+                self._walk(0, job)
+                for _ in self._jobs:
+                    self._done.get()
+            ended.set()
+
+    def _follow(self, tid: int) -> None:
+        """Threads 1 and up: walk when told to."""
+        while (job := self._jobs[tid - 1].get()) is not None:
+            self._walk(tid, job)
+            self._done.put(None)
+
+    def _walk(self, tid: int, job: _Job) -> None:
+        try:
+            run_program(tid, self.threads, *job)
+        except BaseException as error:  # nothing compiled raises; a ctypes error might
+            self._error = error
+            self.stop()
 
     def cell(self, index: int) -> _Ints:
         """The control cell `index` as an int64 array of one."""
@@ -78,6 +98,10 @@ class ThreadTeam:
         """Make the walk under way, if any, end within one op. Any thread may call it."""
         self.cell(rows.C_STOP)[0] = 1
 
+    def arm(self) -> None:
+        """Take `stop` back. Not done by `run`: a stop that comes just before it must end it."""
+        self.cell(rows.C_STOP)[0] = 0
+
     def take_stall_ns(self) -> int:
         """Nanoseconds the first thread has waited for weights since the last call."""
         cell = self.cell(rows.C_STALL_NS)
@@ -88,38 +112,45 @@ class ThreadTeam:
     def run(self, program: Program) -> None:
         """Walk `program` with `frame` and `streams` as they are; wait until all threads are done.
 
-        An exception in the waiting thread (Ctrl-C) stops the walk, waits for it, and goes on.
+        Ends at once when `stop` was called since the last `arm`. An exception in the waiting thread (Ctrl-C) stops the walk and goes on.
         """
+        self.settle()
         if self._counters.nbytes < program.counter_bytes:
             self._counters = _cells(program.counter_bytes)
         self._counters[:] = 0
-        for cell in (rows.C_COUNT, rows.C_GENERATION, rows.C_STOP):
+        for cell in (rows.C_COUNT, rows.C_GENERATION):
             self.cell(cell)[0] = 0
-        addresses = (
+        job = (
             self.control.ctypes.data, self.frame.ctypes.data, program.rows.ctypes.data,
             len(program.rows), self._counters.ctypes.data, self.streams.ctypes.data,
         )  # fmt: skip
-        for tid, jobs in enumerate(self._jobs):
-            jobs.put((tid, self.threads, *addresses))
-        self._collect(self.stop)
-
-    def _collect(self, on_interrupt: Callable[[], Any]) -> None:
-        """Wait for every member, even when interrupted; then raise what interrupted."""
-        pending, error = self.threads, None
-        while pending:
-            try:
-                failed = self._done.get()
-                pending -= 1
-                error = error or failed
-            except BaseException as interrupt:
-                on_interrupt()
-                error = error or interrupt
-        if error is not None:
+        ended = threading.Event()
+        self._unsettled = True
+        try:
+            self._orders.put((job, ended))
+            ended.wait()
+        except BaseException:
             self.stop()
+            raise
+        self._unsettled = False
+        if self._error is not None:
+            error, self._error = self._error, None
             raise error
 
+    def settle(self) -> None:
+        """Make sure that no walk is under way; one that was interrupted is stopped."""
+        if not self._unsettled:
+            return
+        self.stop()
+        ended = threading.Event()
+        self._orders.put((None, ended))  # orders are served in turn: this one comes after the walk
+        ended.wait()
+        self._unsettled = False
+
     def close(self) -> None:
-        """End the threads. Idempotent; no walk may be under way."""
+        """End the threads, and a walk under way before them. Idempotent."""
+        self.settle()
+        self._orders.put(None)
         for jobs in self._jobs:
             jobs.put(None)
         for member in self._members:

@@ -180,4 +180,8 @@ def _matmul_bf16_kernel(
     )  # fmt: skip
 
 
-KERNELS: dict[str, Kernel] = {"F32": _matmul_f32_kernel, "F16": _matmul_f16_kernel, "BF16": _matmul_bf16_kernel}
+KERNELS: dict[str, Kernel] = {
+    "F32": _matmul_f32_kernel,
+    "F16": _matmul_f16_kernel,
+    "BF16": _matmul_bf16_kernel,
+}

@@ -26,7 +26,7 @@ from edgert.kernels_cpu.simd import (
     vec,
 )
 
-__all__ = ["repack_blocks", "expand_q4_k"]
+__all__ = ["expand_q4_k", "repack_blocks"]
 
 _REPACK = void("iiiiiiii")
 _Q4_K_BYTES, _Q4_K_GROUP = 2368, 576  # of a block of 16 rows, of one of its four groups

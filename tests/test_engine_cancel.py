@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from edgert.units import KIB
 from tests.test_engine_faults import GREEDY, TOKENS, Gate, answer, child
 from tests.tight import tight
 

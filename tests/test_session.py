@@ -188,8 +188,9 @@ def test_the_same_seed_says_the_same_and_is_reported(engine: edgert.Engine) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        {"temprature": 1.0}, {"temperature": -1}, {"temperature": "hot"}, {"top_p": 2}, {"seed": -1},
-        {"seed": "x"}, {"max_tokens": -1}, {"stop": ""}, {"stop": ["a", ""]}, {"top_k": 1.5},
+        {"temprature": 1.0}, {"temperature": -1}, {"temperature": "hot"}, {"top_p": 2},
+        {"seed": -1}, {"seed": "x"}, {"max_tokens": -1}, {"stop": ""}, {"stop": ["a", ""]},
+        {"top_k": 1.5},
     ],
     ids=str,
 )  # fmt: skip

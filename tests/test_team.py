@@ -146,6 +146,7 @@ def test_a_tile_that_never_comes_does_not_hold_the_walk(
     assert team.stopped == (how == "stop")
     assert (kept[1] == 0).all(), "it was computed without its weights"
     failed[0], ready[0] = 0, 1
+    team.arm()
     team.run(program)
     assert (kept[1] == 32).all()
     team.streams[:] = 0

@@ -46,7 +46,9 @@ def floor_of(path: Path, **options: Any) -> int:
     return _floor(path, tuple(sorted(options.items())))
 
 
-def tight(path: Path, spare: int | None = 0, *, backend: Any = None, **options: Any) -> edgert.Engine:
+def tight(
+    path: Path, spare: int | None = 0, *, backend: Any = None, **options: Any
+) -> edgert.Engine:
     """An engine with `spare` bytes more than it cannot do without; None: all it can use."""
     options = {"threads": 2, "context_length": 256} | options
     budget = 2**62 if spare is None else floor_of(path, **options) + spare

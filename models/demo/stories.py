@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,9 +63,10 @@ class CaseRestorer:
     """Puts capitals back into lower case text by counts learned from cased stories.
 
     The rule: a word is capitalised at the start of a story, paragraph, sentence or quotation;
-    elsewhere when the cased text capitalises it, after the same previous word, in most cases
-    (at least 3 seen), else when it capitalises the word in most cases whatever comes before.
-    A word never seen is capitalised when somewhere in the story it follows "named" or "called".
+    elsewhere, and behind a quotation that ends in "!" or "?", when the cased text capitalises it,
+    after the same previous word or marks, in most cases (at least 3 seen), else when it
+    capitalises the word in most cases whatever comes before. A word never seen is capitalised
+    when somewhere in the story it follows "named" or "called".
     """
 
     def __init__(self, stories: list[str]) -> None:
@@ -72,17 +74,12 @@ class CaseRestorer:
         self.alone: dict[str, list[int]] = {}
         self.after: dict[tuple[str, str], list[int]] = {}
         for story in stories:
-            previous = "\n"
-            for word in _WORD.findall(story):
-                if word[0].isalpha() and not _starts(previous):
-                    upper = int(word[0].isupper())
-                    for table, key in (
-                        (self.alone, word.lower()),
-                        (self.after, (previous, word.lower())),
-                    ):
-                        pair = table.setdefault(key, [0, 0])
-                        pair[upper] += 1
-                previous = word.lower()
+            for match, previous in _in_context(story):
+                word, upper = match.group().lower(), int(match.group()[0].isupper())
+                if not _starts(previous):
+                    self.after.setdefault((previous, word), [0, 0])[upper] += 1
+                    if previous not in _ENDED:
+                        self.alone.setdefault(word, [0, 0])[upper] += 1
 
     def _capital(self, previous: str, word: str, named: set[str]) -> bool:
         low, up = self.after.get((previous, word), (0, 0))
@@ -95,20 +92,38 @@ class CaseRestorer:
     def restore(self, story: str) -> str:
         """Return lower case `story` with its capitals."""
         named = set(re.findall(r"(?:named|called) ([a-z]+)", story))
-        out, last, previous = [], 0, "\n"
-        for match in _WORD.finditer(story):
+        out, last = [], 0
+        for match, previous in _in_context(story):
             word = match.group()
-            if word[0].isalpha() and (_starts(previous) or self._capital(previous, word, named)):
+            if _starts(previous) or self._capital(previous, word, named):
                 out += [story[last : match.start()], word[0].upper() + word[1:]]
                 last = match.end()
-            quote = word == '"' and story[match.end() : match.end() + 1].isalpha()
-            # An opening quotation mark starts a sentence, a closing one keeps what stood before.
-            previous = "\n" if quote else (previous if word == '"' else word)
         return "".join(out) + story[last:]
 
 
+_ENDED = {'!"', '?"'}
+
+
+def _in_context(story: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Yield each word's match and what stands before it: a word, marks, or a line break.
+
+    An opening quotation mark counts as a line break; a closing one is added to the mark before.
+    """
+    previous = "\n"
+    for match in _WORD.finditer(story):
+        word = match.group()
+        if word[0].isalpha():
+            yield match, previous
+        if word != '"':
+            previous = word.lower()
+        elif story[match.end() : match.end() + 1].isalpha():
+            previous = "\n"
+        else:
+            previous += word
+
+
 def _starts(previous: str) -> bool:
-    return previous in {".", "!", "?"} or previous.startswith("\n")
+    return previous in {".", "!", "?", '."'} or previous.startswith("\n")
 
 
 @dataclass
