@@ -66,15 +66,17 @@ class Engine:
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
-        self._backend = backend
         self._closed = False
         self._closing = threading.Lock()
         need = need_of(
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
-        self._arena = Arena(_arena_bytes(plan))
-        self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+        self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
         try:
+            self._arena = Arena(_arena_bytes(plan))
+            self._held.append(self._arena.close)
+            self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+            self._held.append(self.weights.close)
             self._open(need, on_progress)
         except BaseException:
             self.close()
@@ -91,6 +93,7 @@ class Engine:
         table = self._arena.take("rotary table", 4 * plan.context_length * spec.rope_dim, 64)
         self._arena.seal()
         self._team = ThreadTeam(plan.threads)
+        self._held.append(self._team.close)
         if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
             # Before any reader thread runs: the rate must be that of the idle device.
             self.device_bytes_per_s = self.weights.measure_device(_RATE_SECONDS)
@@ -110,6 +113,7 @@ class Engine:
         self.forward = Forward(
             plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
         )
+        self._held.append(self.forward.close)
         trim_heap()
 
     def _take_buffers(
@@ -270,18 +274,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        forward = getattr(self, "forward", None)
-        if forward is not None:
-            forward.close()
-        self._release()
-
-    def _release(self) -> None:
-        team = getattr(self, "_team", None)
-        if team is not None:
-            team.close()
-        self.weights.close()
-        self._backend.close()
-        self._arena.close()
+        while self._held:
+            self._held.pop()()
         trim_heap()
 
     def __enter__(self) -> Engine:

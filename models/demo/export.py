@@ -65,6 +65,10 @@ def _metadata(writer: gguf.GGUFWriter, c: Config, file_type: int) -> None:
         "(CDLA-Sharing-1.0) for edgert."
     )
     writer.add_languages(["en"])
+    # A small model goes round in circles without a penalty.
+    writer.add_float32("general.sampling.temp", 0.7)
+    writer.add_float32("general.sampling.top_p", 0.9)
+    writer.add_float32("general.sampling.penalty_repeat", 1.15)
     writer.add_file_type(file_type)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
