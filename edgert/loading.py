@@ -20,6 +20,7 @@ from edgert.machine import (
 )
 from edgert.opening import Opened
 from edgert.plan import Plan, PlanOptions, plan_memory
+from edgert.plan_parts import Need
 from edgert.units import MIB
 
 __all__ = ["make_plan", "process_bytes"]
@@ -45,6 +46,8 @@ def process_bytes(opened: Opened, *, measured: bool) -> int:
 def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
     """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
 
+    needs: dict[int, Need] = {}
+
     def plan_for(budget: int) -> Plan:
         wanted = PlanOptions(
             budget_bytes=budget,
@@ -54,7 +57,7 @@ def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
             kv_cache_type=options.kv_cache_type,
         )
         try:
-            return plan_memory(opened.spec, opened.manifest, wanted, process)
+            return plan_memory(opened.spec, opened.manifest, wanted, process, needs)
         except (ModelError, UnsupportedError) as error:
             raise type(error)(f"{opened.path}: {error}") from None
 

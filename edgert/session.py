@@ -45,8 +45,9 @@ class GenerationOptions:
     on_prefill: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise InputError(f"max_tokens is {self.max_tokens}; it must be 0 or more")
+        limit = self.max_tokens
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            raise InputError(f"max_tokens is {limit!r}; it must be a whole number of 0 or more")
 
 
 class _Meter:
@@ -141,14 +142,19 @@ class Session:
         room = engine.plan.context_length - len(self.tokens) - len(prompt)
         if room < 1:
             raise ContextError(len(self.tokens) + len(prompt) + 1, engine.plan.context_length)
-        tokens = [*self.tokens, *prompt]
+        before, tokens = self.tokens, [*self.tokens, *prompt]
         if not tokens:
             raise InputError("the prompt is empty and the model has no BOS token to begin with")
         self.tokens = tokens
         sampler = Sampler(options.sampling, options.seed)
         meter = _Meter(engine, len(tokens), engine.forward.reused(tokens), sampler.seed)
         limit = room if options.max_tokens is None else min(room, options.max_tokens)
-        yield from self._steps(sampler, StopMatcher(options.stop), meter, limit, options.on_prefill)
+        matcher = StopMatcher(options.stop)
+        try:
+            yield from self._steps(sampler, matcher, meter, limit, options.on_prefill)
+        finally:
+            if not meter.hash:  # the prefill did not end: as if nothing had been asked
+                self.tokens = before
 
     def _steps(
         self,

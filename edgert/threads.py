@@ -112,7 +112,8 @@ class ThreadTeam:
     def run(self, program: Program) -> None:
         """Walk `program` with `frame` and `streams` as they are; wait until all threads are done.
 
-        Ends at once when `stop` was called since the last `arm`. An exception in the waiting thread (Ctrl-C) stops the walk and goes on.
+        Ends at once when `stop` was called since the last `arm`. An exception in the waiting thread
+        (Ctrl-C) stops the walk and goes on.
         """
         self.settle()
         if self._counters.nbytes < program.counter_bytes:
