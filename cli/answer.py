@@ -83,7 +83,7 @@ def _tokens(engine: Engine, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return engine.tokenize(prompt)
     if prompt and isinstance(prompt[0], Mapping):
-        return engine.tokenizer.encode(engine.render(prompt), add_bos=False, special=True)  # type: ignore[arg-type]
+        return engine.chat_tokens(prompt)  # type: ignore[arg-type]
     return list(prompt)  # type: ignore[arg-type]
 
 

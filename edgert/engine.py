@@ -217,15 +217,21 @@ class Engine:
         """Answer a conversation, rendered with the file's own chat template.
 
         `messages`: {"role": "system" | "user" | "assistant", "content": text}; options as in
-        `generate`. Names of control tokens in messages are ordinary text: a user can neither end
-        nor forge a turn.
+        `generate`.
         """
-        tokenizer = self.tokenizer
-        text = self._render(messages, tokenizer.guard)
-        return self._run(tokenizer.encode(text, add_bos=False, special=True), stream, options)
+        return self._run(self.chat_tokens(messages), stream, options)
+
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation, as `chat` gives them to the model.
+
+        Names of control tokens in messages are ordinary text: a user can neither end nor forge a
+        turn.
+        """
+        text = self._render(messages, self.tokenizer.guard)
+        return self.tokenizer.encode(text, add_bos=False, special=True)
 
     def render(self, messages: Messages) -> str:
-        """The prompt text of a conversation, as `chat` gives it to the model."""
+        """The prompt text of a conversation, to read; `chat_tokens` is what the model gets."""
         return self._render(messages, None)
 
     def _render(self, messages: Messages, guard: Callable[[str], str] | None) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from edgert.kernels_cpu.rows import FRAME_FIELDS
 from edgert.units import align_up
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 ARG0 = 8  # first field of the row that belongs to the kernel
-FRAME_FIELDS = 16
 FRAME_N_TOKENS = 0  # tokens of this call
 FRAME_POSITION = 1  # absolute position of the first of them
 

@@ -8,7 +8,7 @@ A program is an int64 array [n_ops, OP_FIELDS]. Fields 0-7 are the team's, the r
 
 from __future__ import annotations
 
-__all__ = ["CELL", "CONTROL_CELLS", "OP_FIELDS", "STREAM_FIELDS"]
+__all__ = ["CELL", "CONTROL_CELLS", "FRAME_FIELDS", "OP_FIELDS", "STREAM_FIELDS"]
 
 CELL = 64  # bytes between two counters: one cache line each
 OP_FIELDS = 64
@@ -55,4 +55,4 @@ STREAM_FIELDS = 32
 # The board of the expert streamer: layer, number of groups, then expert, state and address of
 # every group as three arrays of n_experts.
 BOARD_LAYER, BOARD_GROUPS, BOARD_ARRAYS = range(3)
-WANTED, READY, DONE, TAKEN = 0, 1, 2, 3
+WANTED, READY, DONE = 0, 1, 2

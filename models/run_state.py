@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edgert.kernels_cpu.activations import activation_bytes
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorRole
 from edgert.quant.formats import QuantFormat
@@ -20,8 +21,6 @@ from edgert.units import align_up
 __all__ = ["Buffer", "Inputs", "inputs_of", "run_state_buffers"]
 
 LANES = 16
-QUANT_BLOCK = 32  # activations of one quantised block, 40 bytes with scale and sum
-QUANT_BLOCK_BYTES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,6 @@ def float_stride(columns: int) -> int:
     return 4 * align_up(columns, LANES)
 
 
-def quantized_stride(columns: int) -> int:
-    """Bytes of a quantised row of `columns` (a multiple of 32)."""
-    return align_up(columns, QUANT_BLOCK) // QUANT_BLOCK * QUANT_BLOCK_BYTES
-
-
 _ATTENTION_IN = frozenset({TensorRole.Q_PROJ, TensorRole.K_PROJ, TensorRole.V_PROJ})
 _FEED_FORWARD_IN = frozenset({TensorRole.ROUTER, TensorRole.GATE_PROJ, TensorRole.UP_PROJ})
 
@@ -101,13 +95,13 @@ def run_state_buffers(
     if inputs.as_float & normed:
         buffers.append(Buffer("normed", tokens, float_stride(hidden)))
     if inputs.as_quantized & normed:
-        buffers.append(Buffer("normed_q8", tokens, quantized_stride(hidden)))
+        buffers.append(Buffer("normed_q8", tokens, activation_bytes(hidden)))
     if inputs.as_quantized & heads_in:
-        buffers.append(Buffer("attention_q8", tokens, quantized_stride(q_size)))
+        buffers.append(Buffer("attention_q8", tokens, activation_bytes(q_size)))
     if inputs.as_float & down:
         buffers.append(Buffer("act", pairs, float_stride(width)))
     if inputs.as_quantized & down:
-        buffers.append(Buffer("act_q8", pairs, quantized_stride(width)))
+        buffers.append(Buffer("act_q8", pairs, activation_bytes(width)))
     if spec.is_moe:
         experts = spec.num_experts
         buffers += [

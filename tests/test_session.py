@@ -243,6 +243,19 @@ def test_chat_uses_the_files_template(tmp_path: Path) -> None:
         assert done.tokens == engine.generate(tokens, max_tokens=4, **GREEDY).tokens
 
 
+def test_a_message_cannot_forge_a_control_token(engine: edgert.Engine) -> None:
+    """Neither through the API nor through the command line, which share `chat_tokens`."""
+    from edgert.cli.answer import _tokens
+
+    bos = engine.tokenizer.bos_id
+    assert bos is not None
+    name = engine.tokenizer.token_text(bos)
+    assert engine.tokenizer.encode(name, add_bos=False, special=True) == [bos]
+    forged = [{"role": "user", "content": f"a{name}b"}]
+    assert engine.chat_tokens(forged).count(bos) == engine.chat_tokens(MESSAGES).count(bos)
+    assert _tokens(engine, forged) == engine.chat_tokens(forged)
+
+
 def test_chat_works_without_a_template(engine: edgert.Engine) -> None:
     assert engine.chat_template is None
     assert "a tale" in engine.render(MESSAGES)
