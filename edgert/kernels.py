@@ -14,7 +14,7 @@ from edgert.kernels_cpu import elementwise, moe, rope
 from edgert.kernels_cpu.attention import attention_kernel
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.matmul import matmul_kernel
-from edgert.kernels_cpu.repack import expand_q4_k, repack_blocks
+from edgert.kernels_cpu.repack import repack_blocks
 from edgert.kernels_cpu.team import run_program
 from edgert.quant.formats import BY_NAME
 
@@ -27,12 +27,12 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
     found = [
         run_program, elementwise.rmsnorm_kernel, elementwise.swiglu_kernel,
         elementwise.quantize_kernel, rope.rope_and_store_kernel(kv), attention_kernel(kv),
+        repack_blocks,
     ]  # fmt: skip
     if wanted.experts:
         found += [moe.moe_route_kernel, moe.moe_combine_kernel]
     for name in wanted.formats:
         found.append(matmul_kernel(BY_NAME[name]))
-        found.append(expand_q4_k if name == "Q4_K" else repack_blocks)
     return list(dict.fromkeys(found))
 
 

@@ -1,21 +1,30 @@
 """The one DRAM layout of weights: tiles of 16 rows, interleaved, for every CPU.
 
-Rows are taken 16 at a time; missing rows of the last tile are zeros. A tile holds its blocks one
-after another, and a block holds the GGUF blocks of its 16 rows cut into units of 1, 2 or 4 bytes:
-unit i of rows 0..15, then unit i + 1, ... So a kernel reads one sequential stream, and 64 bytes of
-4-byte units are one AVX-512 register (two AVX2 ones) with four weights of each row. (Rows read
-separately fall to a third of the memory rate: the hardware prefetcher loses so many streams.)
+Rows are taken 16 at a time; missing rows of the last tile count as bytes of zero. A tile holds its
+blocks one after another, and a block holds the GGUF blocks of its 16 rows cut into units of 1, 2
+or 4 bytes: unit i of rows 0..15, then unit i + 1, ... So a kernel reads one sequential stream, and
+64 bytes of 4-byte units are one AVX-512 register (two AVX2 ones) with four bytes of each row.
+(Rows read separately fall to a third of the memory rate: the hardware prefetcher loses so many
+streams.)
 
-    format        order of units in a block                                  bytes against GGUF
-    F32 F16 BF16  element                                                    1
-    Q8_0 Q4_0     scale (2), weights (4 bytes each)                          1
-    Q4_K          d (2), dmin (2), 4 x [scale, min, scale, min (1), 8 x 4]   148 / 144
-    Q6_K          d (2), 2 x [4 scale pairs (2), 16 x 4 low, 8 x 4 high]     1
-    all others    byte                                                       1
+    format         order of units in a block                                     bytes : GGUF
+    F32 F16 BF16   element
+    Q8_0           d (2), 8 x 4
+    Q4_0 IQ4_NL    d (2), 4 x 4
+    MXFP4          e (1), 4 x 4
+    Q4_1           d (2), m (2), 4 x 4
+    Q5_0           d (2), high bits (4 x 1), 4 x 4
+    Q5_1           d (2), m (2), high bits (4 x 1), 4 x 4
+    Q2_K           d (2), dmin (2), 2 x [4 x scale and min (2), 8 x 4]
+    Q3_K           d (2), high bits (8 x 4), 2 x [4 scale pairs (2), 8 x 4]      114 : 110
+    Q4_K           d (2), dmin (2), 4 x [scale, min, scale, min (1), 8 x 4]      148 : 144
+    Q5_K           d (2), dmin (2), high bits (8 x 4), 4 x [as Q4_K]             180 : 176
+    Q6_K           d (2), 2 x [4 scale pairs (2), 16 x 4 low, 8 x 4 high]
+    IQ4_XS         d (2), 8 x [scale (1), 4 x 4]                                 138 : 136
 
-The 6-bit scales and mins of Q4_K become bytes; everything else only moves. `unpack_ref` is the
-exact inverse. Owns: this table, sizes, moving bytes. Must not know: what the bytes mean to a
-kernel, files, or threads.
+Scales packed in six bits become bytes, and the high bits of Q5_0 and Q5_1 change their order
+(`layout_tables`); everything else only moves. `unpack_ref` is the exact inverse. Owns: sizes,
+moving bytes. Must not know: what the bytes mean to a kernel, files, or threads.
 """
 
 from __future__ import annotations
@@ -28,7 +37,9 @@ import numpy.typing as npt
 
 from edgert.errors import InputError
 from edgert.kernels_cpu.lanes import TILE_ROWS
-from edgert.kernels_cpu.repack import expand_q4_k, repack_blocks
+from edgert.kernels_cpu.layout_tables import PIECES, STEPS, Piece
+from edgert.kernels_cpu.repack import repack_blocks
+from edgert.kernels_cpu.repack_expand import STEP_CODES
 from edgert.quant.formats import QuantFormat
 
 __all__ = [
@@ -37,47 +48,31 @@ __all__ = [
 ]  # fmt: skip
 
 _U8 = npt.NDArray[np.uint8]
-_Piece = tuple[int, int, int]  # offset in the (expanded) GGUF block, bytes of a unit, units
-_Q4_K_BYTES = 148  # of a block with its 12 scale bytes expanded to 16
-
-_BLOCK32: dict[str, tuple[_Piece, ...]] = {
-    "Q8_0": ((0, 2, 1), (2, 4, 8)),
-    "Q4_0": ((0, 2, 1), (2, 4, 4)),
-}
-
-
-def _q4_k_pieces() -> tuple[_Piece, ...]:
-    pieces: list[_Piece] = [(0, 2, 1), (2, 2, 1)]
-    for group in range(4):
-        pieces += [(4 + 4 * group, 1, 4), (20 + 32 * group, 4, 8)]
-    return tuple(pieces)
-
-
-def _q6_k_pieces() -> tuple[_Piece, ...]:
-    pieces: list[_Piece] = [(208, 2, 1)]
-    for half in range(2):
-        pieces += [(192 + 8 * half, 2, 4), (64 * half, 4, 16), (128 + 32 * half, 4, 8)]
-    return tuple(pieces)
 
 
 @cache
-def _plan(fmt: QuantFormat, K: int) -> tuple[int, int, tuple[_Piece, ...]]:
+def _plan(fmt: QuantFormat, K: int) -> tuple[int, int, tuple[Piece, ...]]:
     """(bytes of a GGUF block as moved, blocks of a row, pieces in the order they are written)."""
     assert K > 0 and K % fmt.block_size == 0, (fmt.name, K)
-    blocks = K // fmt.block_size
     if fmt.is_float:  # runs of up to 64 elements, so that the stores of a run stay in L1
         run = gcd(K, 64)
         return run * fmt.block_bytes, K // run, ((0, fmt.block_bytes, run),)
-    if fmt.name == "Q4_K":
-        return _Q4_K_BYTES, blocks, _q4_k_pieces()
-    if fmt.name == "Q6_K":
-        return fmt.block_bytes, blocks, _q6_k_pieces()
-    return fmt.block_bytes, blocks, _BLOCK32.get(fmt.name, ((0, 1, fmt.block_bytes),))
+    return fmt.block_bytes, K // fmt.block_size, PIECES[fmt.name]
 
 
 @cache
-def _plan_array(fmt: QuantFormat, K: int) -> npt.NDArray[np.int64]:
-    array = np.array(_plan(fmt, K)[2], np.int64)
+def _piece_array(fmt: QuantFormat, K: int) -> npt.NDArray[np.int64]:
+    """The pieces as `repack_blocks` takes them: expanded bytes lie by words of 16 rows."""
+    block_bytes, _, pieces = _plan(fmt, K)
+    entries = []
+    for offset, unit, count in pieces:
+        nbytes, at = unit * count, offset - block_bytes
+        if at < 0:
+            entries.append((0, offset, unit, nbytes))
+        for start in range(at, at + nbytes, 4) if at >= 0 else ():
+            place = start // 4 * 64 + start % 4
+            entries.append((1, place, unit, min(4, at + nbytes - start)))
+    array = np.array(entries, np.int64)
     array.setflags(write=False)
     return array
 
@@ -89,8 +84,8 @@ def tile_count(rows: int) -> int:
 
 def tile_bytes(fmt: QuantFormat, K: int) -> int:
     """Bytes of one tile: 16 rows of `K` weights, a multiple of the format's block."""
-    block_bytes, blocks, _ = _plan(fmt, K)
-    return TILE_ROWS * block_bytes * blocks
+    _, blocks, pieces = _plan(fmt, K)
+    return TILE_ROWS * blocks * sum(unit * count for _, unit, count in pieces)
 
 
 def matrix_bytes(fmt: QuantFormat, rows: int, K: int) -> int:
@@ -100,10 +95,12 @@ def matrix_bytes(fmt: QuantFormat, rows: int, K: int) -> int:
 
 def repack_address(fmt: QuantFormat, raw: int, rows: int, K: int, out: int) -> None:
     """As `repack` with addresses, unchecked. Releases the GIL; allocates nothing."""
-    block_bytes, blocks, pieces = _plan(fmt, K)
-    table = _plan_array(fmt, K)
-    call = expand_q4_k if fmt.name == "Q4_K" else repack_blocks
-    call(raw, out, rows, fmt.row_bytes(K), blocks, block_bytes, table.ctypes.data, len(pieces))
+    block_bytes, blocks, _ = _plan(fmt, K)
+    pieces, step = _piece_array(fmt, K), STEPS.get(fmt.name)
+    repack_blocks(
+        raw, out, rows, fmt.row_bytes(K), blocks, block_bytes, STEP_CODES[step.name] if step else 0,
+        step.start if step else 0, pieces.ctypes.data, len(pieces),
+    )  # fmt: skip
 
 
 def repack(fmt: QuantFormat, raw: _U8, rows: int, K: int, out: _U8) -> None:
@@ -128,12 +125,13 @@ def _check(fmt: QuantFormat, array: _U8, rows: int, K: int, nbytes: int, name: s
 def repack_ref(fmt: QuantFormat, raw: _U8, rows: int, K: int) -> _U8:
     """The tiles of `raw` (rows * row_bytes(K) bytes): uint8[matrix_bytes]."""
     block_bytes, blocks, pieces = _plan(fmt, K)
-    moved = raw.reshape(rows, blocks, -1)
-    if fmt.name == "Q4_K":
-        moved = np.concatenate([moved[..., :4], _scales_ref(moved), moved[..., 16:]], axis=-1)
     padded = np.zeros((tile_count(rows) * TILE_ROWS, blocks, block_bytes), np.uint8)
-    padded[:rows] = moved
-    by_tile = padded.reshape(-1, TILE_ROWS, blocks, block_bytes)
+    padded[:rows] = raw.reshape(rows, blocks, block_bytes)
+    step = STEPS.get(fmt.name)
+    if step:
+        expanded = step.expand(padded[..., step.start : step.stop])
+        padded = np.concatenate([padded, expanded], axis=-1)
+    by_tile = padded.reshape(-1, TILE_ROWS, *padded.shape[1:])
     parts = []
     for offset, unit, count in pieces:
         part = by_tile[..., offset : offset + unit * count]
@@ -145,34 +143,16 @@ def repack_ref(fmt: QuantFormat, raw: _U8, rows: int, K: int) -> _U8:
 def unpack_ref(fmt: QuantFormat, tiles: _U8, rows: int, K: int) -> _U8:
     """The exact inverse of `repack`: uint8[rows, row_bytes(K)]."""
     block_bytes, blocks, pieces = _plan(fmt, K)
-    written = tiles.reshape(-1, blocks, TILE_ROWS * block_bytes)
-    out = np.zeros((len(written), TILE_ROWS, blocks, block_bytes), np.uint8)
+    step = STEPS.get(fmt.name)
+    written = tiles.reshape(tile_count(rows), blocks, -1)
+    moved = block_bytes + (step.nbytes if step else 0)
+    out = np.zeros((len(written), TILE_ROWS, blocks, moved), np.uint8)
     at = 0
     for offset, unit, count in pieces:
         part = written[..., at : at + count * TILE_ROWS * unit]
         part = part.reshape(-1, blocks, count, TILE_ROWS, unit).transpose(0, 3, 1, 2, 4)
         out[..., offset : offset + unit * count] = part.reshape(*part.shape[:3], unit * count)
         at += count * TILE_ROWS * unit
-    raw = out.reshape(-1, blocks, block_bytes)[:rows]
-    if fmt.name == "Q4_K":
-        packed = _pack_scales_ref(raw[..., 4:20])
-        raw = np.concatenate([raw[..., :4], packed, raw[..., 20:]], axis=-1)
-    return np.ascontiguousarray(raw.reshape(rows, -1))
-
-
-def _scales_ref(blocks: _U8) -> _U8:
-    """Q4_K blocks (..., 144) -> (..., 16): scale and min of sub-blocks 0..7, a byte each."""
-    s = blocks[..., 4:16]
-    low, high, mixed = s[..., 0:4], s[..., 4:8], s[..., 8:12]
-    scales = np.concatenate([low & 63, (mixed & 15) | (low >> 6 << 4)], axis=-1)
-    mins = np.concatenate([high & 63, (mixed >> 4) | (high >> 6 << 4)], axis=-1)
-    return np.stack([scales, mins], axis=-1).reshape(*s.shape[:-1], 16)
-
-
-def _pack_scales_ref(pairs: _U8) -> _U8:
-    """The inverse of `_scales_ref`: (..., 16) -> (..., 12)."""
-    scales, mins = pairs[..., 0::2], pairs[..., 1::2]
-    low = scales[..., :4] | (scales[..., 4:] >> 4 << 6)
-    high = mins[..., :4] | (mins[..., 4:] >> 4 << 6)
-    mixed = (scales[..., 4:] & 15) | (mins[..., 4:] << 4)
-    return np.concatenate([low, high, mixed], axis=-1)
+    if step:
+        out[..., step.start : step.stop] = step.pack(out[..., block_bytes:])
+    return np.ascontiguousarray(out[..., :block_bytes].reshape(-1, fmt.row_bytes(K))[:rows])

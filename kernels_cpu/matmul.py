@@ -23,7 +23,7 @@ from edgert.kernels_cpu.isa import ISA, target_key
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_count
 from edgert.kernels_cpu.matmul_ref import QUANTIZED_INPUT, matmul_ref
-from edgert.kernels_cpu.repack import expand_q4_k, repack_blocks
+from edgert.kernels_cpu.repack import repack_blocks
 from edgert.quant.formats import QuantFormat
 
 __all__ = [
@@ -112,7 +112,7 @@ def warm_up(formats: Iterable[QuantFormat]) -> Iterator[str]:
     """Compile, or load from the cache, what matrices of `formats` need; yields each name done."""
     wanted: list[Kernel] = []
     for fmt in formats:
-        wanted.append(expand_q4_k if fmt.name == "Q4_K" else repack_blocks)
+        wanted.append(repack_blocks)
         if takes_quantized_input(fmt):
             wanted.append(activations.quantize_rows)
         wanted.append(matmul_kernel(fmt))

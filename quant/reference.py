@@ -1,6 +1,7 @@
 """What the bytes of each format mean: dequantisation in plain NumPy, the truth all kernels meet.
 
-Owns: one short function for each format, equal to the bit to ggml's own dequantisation.
+Owns: the numbers of a block, one short function for each format, and the weights they make, equal
+to the bit to ggml's own dequantisation.
 Must not know: files, kernels, or where a field sits in its block (packing.py).
 Source: the OCP MX v1.0 specification for MXFP4; ggml's `ggml-quants.c` for all others.
 
@@ -11,6 +12,7 @@ written: `(d * scale) * q` and `d * (scale * q)` differ in the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 from edgert.quant.formats import QuantFormat
 from edgert.quant.packing import Array, unpack
 
-__all__ = ["IQ4_VALUES", "MXFP4_VALUES", "dequantize_ref", "exponent_to_scale"]
+__all__ = [
+    "IQ4_VALUES", "MXFP4_VALUES", "Numbers", "dequantize_ref", "exponent_to_scale", "numbers_ref",
+]  # fmt: skip
 
 # The sixteen steps of IQ4_NL and IQ4_XS: denser near zero, where weights are.
 IQ4_VALUES = np.array(
@@ -30,6 +34,24 @@ MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 _Fields = dict[str, Array]
 
 
+class Numbers(NamedTuple):
+    """Quantised blocks as numbers: a weight is (d * scale) * q, + m or - (m * min) if it has them.
+
+    A scale and a min each belong to a sub-block, an equal share of the block's weights.
+    """
+
+    d: Array  # float32 [..., blocks, 1]
+    q: Array  # int8 [..., blocks, weights of a block]
+    m: Array | None = None  # float32 [..., blocks, 1]
+    scales: Array | None = None  # int8 [..., blocks, sub-blocks]
+    mins: Array | None = None  # int8 [..., blocks, sub-blocks]
+
+
+def numbers_ref(fmt: QuantFormat, raw: Array) -> Numbers:
+    """The numbers that `raw`, uint8 [..., blocks * block_bytes] of a quantised format, stores."""
+    return _NUMBERS[fmt.name](unpack(fmt, raw))
+
+
 def dequantize_ref(fmt: QuantFormat, raw: Array) -> Array:
     """The weights that `raw` stores.
 
@@ -38,7 +60,12 @@ def dequantize_ref(fmt: QuantFormat, raw: Array) -> Array:
     assert raw.dtype == np.uint8 and raw.shape[-1] % fmt.block_bytes == 0, (fmt.name, raw.shape)
     if fmt.is_float:
         return _FLOATS[fmt.name](np.ascontiguousarray(raw))
-    weights = _BLOCKS[fmt.name](unpack(fmt, raw))
+    d, q, m, scales, mins = numbers_ref(fmt, raw)
+    steps = d if scales is None else d * _f(scales)
+    weights = steps[..., None] * _f(q).reshape(*steps.shape, -1)
+    if m is not None:
+        offsets = m if mins is None else -(m * _f(mins))
+        weights = weights + offsets[..., None]
     assert weights.dtype == np.float32, fmt.name
     return weights.reshape(*raw.shape[:-1], -1)
 
@@ -64,75 +91,75 @@ def _bf16(raw: Array) -> Array:
     return (upper << 16).view(np.float32)
 
 
-def _q8_0(f: _Fields) -> Array:
+def _q8_0(f: _Fields) -> Numbers:
     """w = d * q, q in -128..127."""
-    return _f(f["d"]) * _f(f["codes"])
+    return Numbers(_f(f["d"]), f["codes"])
 
 
-def _q4_0(f: _Fields) -> Array:
+def _q4_0(f: _Fields) -> Numbers:
     """w = d * (q - 8), q in 0..15."""
-    return _f(f["d"]) * (_f(f["codes"]) - 8)
+    return Numbers(_f(f["d"]), _i(f["codes"]) - 8)
 
 
-def _q4_1(f: _Fields) -> Array:
+def _q4_1(f: _Fields) -> Numbers:
     """w = d * q + m, q in 0..15."""
-    return _f(f["d"]) * _f(f["codes"]) + _f(f["m"])
+    return Numbers(_f(f["d"]), _i(f["codes"]), _f(f["m"]))
 
 
-def _q5_0(f: _Fields) -> Array:
+def _q5_0(f: _Fields) -> Numbers:
     """w = d * (q - 16), q in 0..31."""
-    return _f(f["d"]) * (_f(_joined(f, "low", "high", 4)) - 16)
+    return Numbers(_f(f["d"]), _joined(f, "low", "high", 4) - 16)
 
 
-def _q5_1(f: _Fields) -> Array:
+def _q5_1(f: _Fields) -> Numbers:
     """w = d * q + m, q in 0..31."""
-    return _f(f["d"]) * _f(_joined(f, "low", "high", 4)) + _f(f["m"])
+    return Numbers(_f(f["d"]), _joined(f, "low", "high", 4), _f(f["m"]))
 
 
-def _q2_k(f: _Fields) -> Array:
+def _q2_k(f: _Fields) -> Numbers:
     """w = (d * scale) * q - (m * min), q in 0..3; 16 sub-blocks of 16; scale, min in 0..15."""
-    return _affine(f, f["codes"], subs=16)
+    return _affine(f, _i(f["codes"]))
 
 
-def _q3_k(f: _Fields) -> Array:
+def _q3_k(f: _Fields) -> Numbers:
     """w = (d * (scale - 32)) * (q - 4), q in 0..7; 16 sub-blocks of 16; scale in 0..63."""
-    scales = _f(_joined(f, "scales_low", "scales_high", 4)) - 32
-    return _symmetric(f["d"], scales, _f(_joined(f, "low", "high", 2)) - 4)
+    scales = _joined(f, "scales_low", "scales_high", 4) - 32
+    return Numbers(_f(f["d"]), _joined(f, "low", "high", 2) - 4, scales=scales)
 
 
-def _q4_k(f: _Fields) -> Array:
+def _q4_k(f: _Fields) -> Numbers:
     """w = (d * scale) * q - (m * min), q in 0..15; 8 sub-blocks of 32; scale, min in 0..63."""
-    return _affine(f, f["codes"], subs=8)
+    return _affine(f, _i(f["codes"]))
 
 
-def _q5_k(f: _Fields) -> Array:
+def _q5_k(f: _Fields) -> Numbers:
     """w = (d * scale) * q - (m * min), q in 0..31; 8 sub-blocks of 32; scale, min in 0..63."""
-    return _affine(f, _joined(f, "low", "high", 4), subs=8)
+    return _affine(f, _joined(f, "low", "high", 4))
 
 
-def _q6_k(f: _Fields) -> Array:
+def _q6_k(f: _Fields) -> Numbers:
     """w = (d * scale) * (q - 32), q in 0..63; 16 sub-blocks of 16; scale in -128..127."""
-    return _symmetric(f["d"], _f(f["scales"]), _f(_joined(f, "low", "high", 4)) - 32)
+    return Numbers(_f(f["d"]), _joined(f, "low", "high", 4) - 32, scales=f["scales"])
 
 
-def _iq4_nl(f: _Fields) -> Array:
+def _iq4_nl(f: _Fields) -> Numbers:
     """w = d * IQ4_VALUES[q]."""
-    return _f(f["d"]) * _f(IQ4_VALUES[f["codes"]])
+    return Numbers(_f(f["d"]), IQ4_VALUES[f["codes"]])
 
 
-def _iq4_xs(f: _Fields) -> Array:
+def _iq4_xs(f: _Fields) -> Numbers:
     """w = (d * (scale - 32)) * IQ4_VALUES[q]; 8 sub-blocks of 32; scale in 0..63."""
-    scales = _f(_joined(f, "scales_low", "scales_high", 4)) - 32
-    return _symmetric(f["d"], scales, _f(IQ4_VALUES[f["codes"]]))
+    scales = _joined(f, "scales_low", "scales_high", 4) - 32
+    return Numbers(_f(f["d"]), IQ4_VALUES[f["codes"]], scales=scales)
 
 
-def _mxfp4(f: _Fields) -> Array:
+def _mxfp4(f: _Fields) -> Numbers:
     """w = 2^(e - 128) * MXFP4_VALUES[q]."""
-    return exponent_to_scale(f["exponent"]) * _f(MXFP4_VALUES[f["codes"]])
+    return Numbers(exponent_to_scale(f["exponent"]), MXFP4_VALUES[f["codes"]])
 
 
 _FLOATS: dict[str, Callable[[Array], Array]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
-_BLOCKS: dict[str, Callable[[_Fields], Array]] = {
+_NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -153,22 +180,15 @@ def _f(numbers: Array) -> NDArray[np.float32]:
     return numbers.astype(np.float32)
 
 
-def _joined(f: _Fields, low: str, high: str, bits: int) -> Array:
+def _i(numbers: Array) -> NDArray[np.int8]:
+    return numbers.astype(np.int8)
+
+
+def _joined(f: _Fields, low: str, high: str, bits: int) -> NDArray[np.int8]:
     """Integers stored apart: the low `bits` bits in one field, the rest in another."""
-    joined: Array = f[low] | (f[high] << np.uint8(bits))
-    return joined
+    return _i(f[low] | (f[high] << np.uint8(bits)))
 
 
-def _affine(f: _Fields, codes: Array, subs: int) -> Array:
-    """(d * scale) * q - (m * min) over `subs` sub-blocks: codes [..., n] -> float32 [..., n]."""
-    scales, mins = np.split(_f(f["scales_mins"]), 2, axis=-1)
-    steps = (_f(f["d"]) * scales)[..., None]
-    offsets = (_f(f["m"]) * mins)[..., None]
-    q = _f(codes).reshape(*codes.shape[:-1], subs, -1)
-    return (steps * q - offsets).reshape(codes.shape)
-
-
-def _symmetric(d: Array, scales: Array, q: Array) -> Array:
-    """(d * scale) * q: scales [..., subs], q [..., n] -> float32 [..., n]."""
-    steps = (_f(d) * scales)[..., None]
-    return (steps * q.reshape(*scales.shape, -1)).reshape(q.shape)
+def _affine(f: _Fields, q: Array) -> Numbers:
+    scales, mins = np.split(_i(f["scales_mins"]), 2, axis=-1)
+    return Numbers(_f(f["d"]), q, _f(f["m"]), scales, mins)
