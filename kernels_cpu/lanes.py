@@ -36,7 +36,7 @@ __all__ = [
 TILE_ROWS = 16
 LANES = ISA.lanes
 PARTS = TILE_ROWS // LANES
-PREFETCH_BYTES = 2048  # 1 to 12 KiB measure alike; none costs a tenth (Q4_0) to a third (Q6_K)
+PREFETCH_BYTES = 4096  # a thread's rate times DRAM's latency; a burst of 20 lines at once is too many
 _Emit = Callable[..., Any]  # (builder, value) -> value
 
 

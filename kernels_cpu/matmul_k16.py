@@ -58,9 +58,7 @@ _top_0, _top_1, _top_2, _top_3 = (field(shift, 0x30) for shift in (-4, -2, 0, 2)
 _times_minus_4, _times_minus_32 = times(-4), times(-32)
 
 # unit(acc, low, high, shift) makes 4 weights of each row from the bytes at `low` and `high`.
-_prefetch_10, _prefetch_14, _prefetch_26 = (
-    prefetch_lines(n) for n in (10, 14, 26)
-)
+_prefetch_3, _prefetch_4, _prefetch_7 = prefetch_lines(3), prefetch_lines(4), prefetch_lines(7)
 
 
 @inline
@@ -110,18 +108,22 @@ def _q2_k_sub(
 
 @inline
 def _q2_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
+    acc, ahead = accumulators(xs), p
     for h in range(K // 128):
         block = p + (h >> 1) * _Q2_K_BYTES
         at = block + 2 * LANES * part
         d, dmin = halves(acc, at), halves(acc, at + 32)
         half = block + 64 + (h & 1) * _Q2_K_HALF
-        _prefetch_10(half)
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
+        _prefetch_3(ahead)
         acc = _q2_k_sub(_two_0, w, s, d, dmin, xs, 0, acc)
+        _prefetch_3(ahead + 168)
         acc = _q2_k_sub(_two_1, w, s + 32, d, dmin, xs, 40, acc)
+        _prefetch_3(ahead + 336)
         acc = _q2_k_sub(_two_2, w, s + 64, d, dmin, xs, 80, acc)
+        _prefetch_3(ahead + 504)
         acc = _q2_k_sub(_two_3, w, s + 96, d, dmin, xs, 120, acc)
+        ahead += 672
         xs = step(xs, 160)
     return acc
 
@@ -158,18 +160,22 @@ def _q3_k_sub(
 
 @inline
 def _q3_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
+    acc, ahead = accumulators(xs), p
     for h in range(K // 128):
         block = p + (h >> 1) * _Q3_K_BYTES
         d = halves(acc, block + 2 * LANES * part)
         high, shift = block + 32 + 4 * LANES * part, 4 * (h & 1)
         half = block + 544 + (h & 1) * _Q3_K_HALF
-        _prefetch_14(half)
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
+        _prefetch_4(ahead)
         acc = _q3_k_sub(_three_0, w, high, shift, s, d, xs, 0, acc)
+        _prefetch_4(ahead + 228)
         acc = _q3_k_sub(_three_1, w, high, shift, s + 32, d, xs, 40, acc)
+        _prefetch_4(ahead + 456)
         acc = _q3_k_sub(_three_2, w, high, shift, s + 64, d, xs, 80, acc)
+        _prefetch_4(ahead + 684)
         acc = _q3_k_sub(_three_3, w, high, shift, s + 96, d, xs, 120, acc)
+        ahead += 912
         xs = step(xs, 160)
     return acc
 
@@ -204,18 +210,22 @@ def _q6_k_sub(unit: Any, w: Any, high: Any, scales: Any, d: Any, xs: Any, at: An
 
 @inline
 def _q6_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
+    acc, ahead = accumulators(xs), p
     for h in range(K // 128):
         block = p + (h >> 1) * _Q6_K_BYTES
         d = halves(acc, block + 2 * LANES * part)
         half = block + 32 + (h & 1) * _Q6_K_HALF
-        _prefetch_26(half)
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
         high = w + 1024
+        _prefetch_7(ahead)
         acc = _q6_k_sub(_six_0, w, high, s, d, xs, 0, acc)
+        _prefetch_7(ahead + 420)
         acc = _q6_k_sub(_six_1, w + 512, high, s + 32, d, xs, 40, acc)
+        _prefetch_7(ahead + 840)
         acc = _q6_k_sub(_six_2, w, high, s + 64, d, xs, 80, acc)
+        _prefetch_7(ahead + 1260)
         acc = _q6_k_sub(_six_3, w + 512, high, s + 96, d, xs, 120, acc)
+        ahead += 1680
         xs = step(xs, 160)
     return acc
 

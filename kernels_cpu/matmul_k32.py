@@ -51,7 +51,7 @@ _Q5_K_BYTES = 2880  # d, dmin, 8 x 64 fifth bits, groups as Q4_K
 _IQ4_XS_BYTES, _IQ4_XS_SUB = 2208, 272  # d, 8 x [scale, 4 x 64 of 4 bits]
 
 _fifth_0, _fifth_1 = field(-4, 0x10), field(-3, 0x10)
-_prefetch_5, _prefetch_9, _prefetch_11 = prefetch_lines(5), prefetch_lines(9), prefetch_lines(11)
+_prefetch_5, _prefetch_6 = prefetch_lines(5), prefetch_lines(6)
 
 
 @inline
@@ -70,16 +70,18 @@ def _dot_fours(nibbles: Any, w: Any, xs: Any, at: Any, acc: Any) -> Any:
 
 @inline
 def _q4_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
+    acc, ahead = accumulators(xs), p
     for g in range(K // 64):
         block = p + (g >> 2) * _Q4_K_BYTES
         at = block + 2 * LANES * part
         d, dmin = halves(acc, at), halves(acc, at + 32)
         group = block + 64 + (g & 3) * _GROUP
-        _prefetch_9(group)
         s, w = group + LANES * part, group + 64 + 4 * LANES * part
+        _prefetch_5(ahead)
         acc = _add_sub(_dot_fours(low_nibbles, w, xs, 0, acc), s, d, dmin, xs, 0, acc)
+        _prefetch_5(ahead + 296)
         acc = _add_sub(_dot_fours(high_nibbles, w, xs, 40, acc), s + 32, d, dmin, xs, 40, acc)
+        ahead += 592
         xs = step(xs, 80)
     return acc
 
@@ -102,19 +104,21 @@ def _dot_fives(
 
 @inline
 def _q5_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
+    acc, ahead = accumulators(xs), p
     for g in range(K // 64):
         block = p + (g >> 2) * _Q5_K_BYTES
         at = block + 2 * LANES * part
         d, dmin = halves(acc, at), halves(acc, at + 32)
         high, shift = block + 64 + 4 * LANES * part, 2 * (g & 3)
         group = block + 576 + (g & 3) * _GROUP
-        _prefetch_11(group)
         s, w = group + LANES * part, group + 64 + 4 * LANES * part
+        _prefetch_6(ahead)
         i = _dot_fives(low_nibbles, _fifth_0, w, high, shift, xs, 0, acc)
         acc = _add_sub(i, s, d, dmin, xs, 0, acc)
+        _prefetch_6(ahead + 360)
         i = _dot_fives(high_nibbles, _fifth_1, w, high, shift, xs, 40, acc)
         acc = _add_sub(i, s + 32, d, dmin, xs, 40, acc)
+        ahead += 720
         xs = step(xs, 80)
     return acc
 
