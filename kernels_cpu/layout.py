@@ -13,8 +13,8 @@ streams.)
     Q4_0 IQ4_NL    d (2), 4 x 4
     MXFP4          e (1), 4 x 4
     Q4_1           d (2), m (2), 4 x 4
-    Q5_0           d (2), high bits (4 x 1), 4 x 4
-    Q5_1           d (2), m (2), high bits (4 x 1), 4 x 4
+    Q5_0           d (2), high bits (1 x 4), 4 x 4
+    Q5_1           d (2), m (2), high bits (1 x 4), 4 x 4
     Q2_K           d (2), dmin (2), 2 x [4 x scale and min (2), 8 x 4]
     Q3_K           d (2), high bits (8 x 4), 2 x [4 scale pairs (2), 8 x 4]      114 : 110
     Q4_K           d (2), dmin (2), 4 x [scale, min, scale, min (1), 8 x 4]      148 : 144

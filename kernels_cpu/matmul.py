@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError, UnsupportedError
-from edgert.kernels_cpu import activations, matmul_block32, matmul_float, matmul_k, matmul_plain
+from edgert.kernels_cpu import (
+    activations,
+    matmul_block32,
+    matmul_float,
+    matmul_k16,
+    matmul_k32,
+)
 from edgert.kernels_cpu.isa import ISA, target_key
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_count
@@ -27,8 +33,8 @@ __all__ = [
 _KERNELS: dict[str, Kernel] = {
     **matmul_float.KERNELS,
     **matmul_block32.KERNELS,
-    **matmul_k.KERNELS,
-    **matmul_plain.KERNELS,
+    **matmul_k16.KERNELS,
+    **matmul_k32.KERNELS,
 }
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]

@@ -1,11 +1,12 @@
-"""Q8_0 and Q4_0 weights times quantised activations.
+"""Formats of 32-weight blocks times quantised activations.
 
     y[row, t] = acc over blocks b = 0, 1, 2, ... of
         acc = fma(float32(dot_b), float32(d_w[row, b] * d_x[t, b]), acc)
+        Q4_1, Q5_1 then: acc = fma(m_w[row, b], float32(d_x[t, b] * float32(sum_x[t, b])), acc)
     dot_b = sum of the 32 integer products q_w * q_x, exact
 
-Owns: the inner loops over one tile for one token (16 rows wide) and for four tokens (`LANES` rows
-wide). Must not know: how tokens are found or results stored (`matmul_drive`). Layout: `layout`.
+Owns: the loop over one tile, for a pack of tokens (`packs`). Must not know: how tokens are found
+or results stored (`matmul_drive`). Layout: `layout`.
 """
 
 from __future__ import annotations
@@ -15,128 +16,190 @@ from typing import Any
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
     LANES,
-    bc16,
-    bcL,
-    bs16,
-    bsL,
-    bx16,
-    bxL,
+    field,
     high_nibbles,
-    ld_f16_16,
-    ld_f16L,
-    ld_w16,
-    ld_wL,
+    iq4_codes,
     low_nibbles,
+    mxfp4_codes,
+    prefetch_lines,
+)
+from edgert.kernels_cpu.matmul_drive import MATMUL, drive, up_to_most
+from edgert.kernels_cpu.packs import (
+    accumulators,
+    add,
+    constant_pairs,
+    dot_pairs,
+    exponents,
+    fma_sum,
+    fma_totals,
+    halves,
+    integers,
     mac_s8,
     mac_u8,
-    minus8_16,
-    minus8_L,
-    mul_u8,
-    offset_s8,
-    pair_dot,
-    prefetch_lines,
-    sum_u8,
-    to_float,
-    zero16,
-    zeroL,
+    signed_totals,
+    step,
+    total,
+    weights,
 )
-from edgert.kernels_cpu.matmul_drive import MATMUL, drive
-from edgert.kernels_cpu.simd import fma, vadd, vmul
+from edgert.kernels_cpu.simd import vor
 
 __all__ = ["KERNELS"]
 
-_Q8_0_BYTES = 544  # of a block of 16 rows: 16 scales as float16, 8 x 64 weights
-_Q4_0_BYTES = 288  # 16 scales, 4 x 64 bytes: weights 4v + j in the low nibbles, 16 + 4v + j above
+# Bytes of a block of 16 rows: scales (and offsets), fifth bits, then units of 4 bytes a row. In
+# unit v of a 4-bit format weights 4v + j are the low nibbles, weights 16 + 4v + j the high ones.
+_Q8_0_BYTES, _Q4_0_BYTES, _Q4_1_BYTES = 32 + 512, 32 + 256, 64 + 256
+_Q5_0_BYTES, _Q5_1_BYTES = 32 + 64 + 256, 64 + 64 + 256
+_IQ4_NL_BYTES, _MXFP4_BYTES = 32 + 256, 16 + 256
+
+_minus_8, _minus_16 = constant_pairs(-8), constant_pairs(-16)
+# The fifth bit of each weight, moved to bit 4; low nibbles of unit v: bit v, high ones: bit 4 + v.
+_low_fifth_0, _low_fifth_1 = field(-4, 0x10), field(-3, 0x10)
+_low_fifth_2, _low_fifth_3 = field(-2, 0x10), field(-1, 0x10)
+_high_fifth_0, _high_fifth_1 = field(0, 0x10), field(1, 0x10)
+_high_fifth_2, _high_fifth_3 = field(2, 0x10), field(3, 0x10)
+_prefetch_5, _prefetch_6, _prefetch_9 = prefetch_lines(5), prefetch_lines(6), prefetch_lines(9)
 
 
 @inline
-def _q8_0_tile1(p: Any, K: Any, a: Any) -> Any:
-    acc = zero16()
+def _q8_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
     for _ in range(K // 32):
-        prefetch_lines(p, 9)
-        i = offset_s8(bs16(a + 36))
+        _prefetch_9(w)
+        i = signed_totals(acc, xs, 0)
         for v in range(8):
-            i = mac_s8(i, ld_w16(p + 32 + 64 * v), bx16(a + 4 * v))
-        acc = fma(to_float(i), vmul(ld_f16_16(p), bc16(a + 32)), acc)
-        p += _Q8_0_BYTES
-        a += 40
-    return acc
-
-
-@inline
-def _q8_0_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
-    r0, r1, r2, r3 = zeroL(), zeroL(), zeroL(), zeroL()
-    scales, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
-    for _ in range(K // 32):
-        i0, i1 = offset_s8(bsL(a0 + 36)), offset_s8(bsL(a1 + 36))
-        i2, i3 = offset_s8(bsL(a2 + 36)), offset_s8(bsL(a3 + 36))
-        for v in range(8):
-            q = ld_wL(w + 64 * v)
-            i0 = mac_s8(i0, q, bxL(a0 + 4 * v))
-            i1 = mac_s8(i1, q, bxL(a1 + 4 * v))
-            i2 = mac_s8(i2, q, bxL(a2 + 4 * v))
-            i3 = mac_s8(i3, q, bxL(a3 + 4 * v))
-        d = ld_f16L(scales)
-        r0 = fma(to_float(i0), vmul(d, bcL(a0 + 32)), r0)
-        r1 = fma(to_float(i1), vmul(d, bcL(a1 + 32)), r1)
-        r2 = fma(to_float(i2), vmul(d, bcL(a2 + 32)), r2)
-        r3 = fma(to_float(i3), vmul(d, bcL(a3 + 32)), r3)
-        scales += _Q8_0_BYTES
+            i = mac_s8(i, weights(acc, w + 64 * v), xs, 4 * v)
+        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
+        d += _Q8_0_BYTES
         w += _Q8_0_BYTES
-        a0, a1, a2, a3 = a0 + 40, a1 + 40, a2 + 40, a3 + 40
-    return r0, r1, r2, r3
-
-
-@inline
-def _q4_0_tile1(p: Any, K: Any, a: Any) -> Any:
-    acc, minus8 = zero16(), minus8_16()
-    for _ in range(K // 32):
-        prefetch_lines(p, 5)
-        q = ld_w16(p + 32)
-        low, high = mul_u8(low_nibbles(q), bx16(a)), mul_u8(high_nibbles(q), bx16(a + 16))
-        for v in range(1, 4):
-            q = ld_w16(p + 32 + 64 * v)
-            low = mac_u8(low, low_nibbles(q), bx16(a + 4 * v))
-            high = mac_u8(high, high_nibbles(q), bx16(a + 16 + 4 * v))
-        i = vadd(sum_u8(vadd(low, high)), pair_dot(bs16(a + 36), minus8))
-        acc = fma(to_float(i), vmul(ld_f16_16(p), bc16(a + 32)), acc)
-        p += _Q4_0_BYTES
-        a += 40
+        xs = step(xs, 40)
     return acc
 
 
 @inline
-def _q4_0_tile4(p: Any, part: Any, K: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
-    r0, r1, r2, r3 = zeroL(), zeroL(), zeroL(), zeroL()
-    scales, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
-    minus8 = minus8_L()
+def _dot_nibbles(w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights 0..15 in 4 units at `w`."""
+    i = integers(acc)
+    for v in range(4):
+        q = weights(acc, w + 64 * v)
+        i = mac_u8(i, low_nibbles(q), xs, 4 * v)
+        i = mac_u8(i, high_nibbles(q), xs, 16 + 4 * v)
+    return total(i)
+
+
+@inline
+def _dot_fives(h: Any, w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights 0..31: nibbles at `w`, fifth bits at `h`."""
+    h = weights(acc, h)
+    i = integers(acc)
+    q = weights(acc, w)
+    i = mac_u8(i, vor(low_nibbles(q), _low_fifth_0(h)), xs, 0)
+    i = mac_u8(i, vor(high_nibbles(q), _high_fifth_0(h)), xs, 16)
+    q = weights(acc, w + 64)
+    i = mac_u8(i, vor(low_nibbles(q), _low_fifth_1(h)), xs, 4)
+    i = mac_u8(i, vor(high_nibbles(q), _high_fifth_1(h)), xs, 20)
+    totals = total(i)
+    i = integers(acc)
+    q = weights(acc, w + 128)
+    i = mac_u8(i, vor(low_nibbles(q), _low_fifth_2(h)), xs, 8)
+    i = mac_u8(i, vor(high_nibbles(q), _high_fifth_2(h)), xs, 24)
+    q = weights(acc, w + 192)
+    i = mac_u8(i, vor(low_nibbles(q), _low_fifth_3(h)), xs, 12)
+    i = mac_u8(i, vor(high_nibbles(q), _high_fifth_3(h)), xs, 28)
+    return add(totals, total(i))
+
+
+@inline
+def _dot_codes(codes: Any, w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights that are int8 codes of nibbles."""
+    i = signed_totals(acc, xs, 0)
+    for v in range(4):
+        q = weights(acc, w + 64 * v)
+        i = mac_s8(i, codes(low_nibbles(q)), xs, 4 * v)
+        i = mac_s8(i, codes(high_nibbles(q)), xs, 16 + 4 * v)
+    return i
+
+
+@inline
+def _q4_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
     for _ in range(K // 32):
-        q = ld_wL(w)
-        low, high = low_nibbles(q), high_nibbles(q)
-        i0 = mac_u8(mul_u8(low, bxL(a0)), high, bxL(a0 + 16))
-        i1 = mac_u8(mul_u8(low, bxL(a1)), high, bxL(a1 + 16))
-        i2 = mac_u8(mul_u8(low, bxL(a2)), high, bxL(a2 + 16))
-        i3 = mac_u8(mul_u8(low, bxL(a3)), high, bxL(a3 + 16))
-        for v in range(1, 4):
-            q = ld_wL(w + 64 * v)
-            low, high = low_nibbles(q), high_nibbles(q)
-            i0 = mac_u8(mac_u8(i0, low, bxL(a0 + 4 * v)), high, bxL(a0 + 16 + 4 * v))
-            i1 = mac_u8(mac_u8(i1, low, bxL(a1 + 4 * v)), high, bxL(a1 + 16 + 4 * v))
-            i2 = mac_u8(mac_u8(i2, low, bxL(a2 + 4 * v)), high, bxL(a2 + 16 + 4 * v))
-            i3 = mac_u8(mac_u8(i3, low, bxL(a3 + 4 * v)), high, bxL(a3 + 16 + 4 * v))
-        d = ld_f16L(scales)
-        s0 = vadd(sum_u8(i0), pair_dot(bsL(a0 + 36), minus8))
-        s1 = vadd(sum_u8(i1), pair_dot(bsL(a1 + 36), minus8))
-        s2 = vadd(sum_u8(i2), pair_dot(bsL(a2 + 36), minus8))
-        s3 = vadd(sum_u8(i3), pair_dot(bsL(a3 + 36), minus8))
-        r0 = fma(to_float(s0), vmul(d, bcL(a0 + 32)), r0)
-        r1 = fma(to_float(s1), vmul(d, bcL(a1 + 32)), r1)
-        r2 = fma(to_float(s2), vmul(d, bcL(a2 + 32)), r2)
-        r3 = fma(to_float(s3), vmul(d, bcL(a3 + 32)), r3)
-        scales += _Q4_0_BYTES
+        _prefetch_5(w)
+        i = dot_pairs(_dot_nibbles(w, xs, acc), _minus_8(acc), xs, 0)
+        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
+        d += _Q4_0_BYTES
         w += _Q4_0_BYTES
-        a0, a1, a2, a3 = a0 + 40, a1 + 40, a2 + 40, a3 + 40
-    return r0, r1, r2, r3
+        xs = step(xs, 40)
+    return acc
+
+
+@inline
+def _q4_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, w = p + 2 * LANES * part, p + 64 + 4 * LANES * part
+    for _ in range(K // 32):
+        _prefetch_5(w)
+        acc = fma_totals(acc, _dot_nibbles(w, xs, acc), halves(acc, d), xs, 0)
+        acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
+        d += _Q4_1_BYTES
+        w += _Q4_1_BYTES
+        xs = step(xs, 40)
+    return acc
+
+
+@inline
+def _q5_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, h = p + 2 * LANES * part, p + 32 + 4 * LANES * part
+    for _ in range(K // 32):
+        _prefetch_6(h)
+        i = dot_pairs(_dot_fives(h, h + 64, xs, acc), _minus_16(acc), xs, 0)
+        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
+        d += _Q5_0_BYTES
+        h += _Q5_0_BYTES
+        xs = step(xs, 40)
+    return acc
+
+
+@inline
+def _q5_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, h = p + 2 * LANES * part, p + 64 + 4 * LANES * part
+    for _ in range(K // 32):
+        _prefetch_6(h)
+        acc = fma_totals(acc, _dot_fives(h, h + 64, xs, acc), halves(acc, d), xs, 0)
+        acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
+        d += _Q5_1_BYTES
+        h += _Q5_1_BYTES
+        xs = step(xs, 40)
+    return acc
+
+
+@inline
+def _iq4_nl(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
+    for _ in range(K // 32):
+        _prefetch_5(w)
+        acc = fma_totals(acc, _dot_codes(iq4_codes, w, xs, acc), halves(acc, d), xs, 0)
+        d += _IQ4_NL_BYTES
+        w += _IQ4_NL_BYTES
+        xs = step(xs, 40)
+    return acc
+
+
+@inline
+def _mxfp4(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    acc = accumulators(xs)
+    e, w = p + LANES * part, p + 16 + 4 * LANES * part
+    for _ in range(K // 32):
+        _prefetch_5(w)
+        acc = fma_totals(acc, _dot_codes(mxfp4_codes, w, xs, acc), exponents(acc, e), xs, 0)
+        e += _MXFP4_BYTES
+        w += _MXFP4_BYTES
+        xs = step(xs, 40)
+    return acc
 
 
 @kernel(MATMUL)
@@ -145,7 +208,7 @@ def _matmul_q8_0_kernel(
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
     drive(
-        _q8_0_tile1, _q8_0_tile4, K // 32 * _Q8_0_BYTES, w, x, x_stride, y, y_stride, K,
+        up_to_most, _q8_0, K // 32 * _Q8_0_BYTES, w, x, x_stride, y, y_stride, K,
         tile_start, tile_stop, n, xi, yi, mode, bias,
     )  # fmt: skip
 
@@ -156,9 +219,72 @@ def _matmul_q4_0_kernel(
     tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
 ) -> None:  # fmt: skip
     drive(
-        _q4_0_tile1, _q4_0_tile4, K // 32 * _Q4_0_BYTES, w, x, x_stride, y, y_stride, K,
+        up_to_most, _q4_0, K // 32 * _Q4_0_BYTES, w, x, x_stride, y, y_stride, K,
         tile_start, tile_stop, n, xi, yi, mode, bias,
     )  # fmt: skip
 
 
-KERNELS: dict[str, Kernel] = {"Q8_0": _matmul_q8_0_kernel, "Q4_0": _matmul_q4_0_kernel}
+@kernel(MATMUL)
+def _matmul_q4_1_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    drive(
+        up_to_most, _q4_1, K // 32 * _Q4_1_BYTES, w, x, x_stride, y, y_stride, K,
+        tile_start, tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+@kernel(MATMUL)
+def _matmul_q5_0_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    drive(
+        up_to_most, _q5_0, K // 32 * _Q5_0_BYTES, w, x, x_stride, y, y_stride, K,
+        tile_start, tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+@kernel(MATMUL)
+def _matmul_q5_1_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    drive(
+        up_to_most, _q5_1, K // 32 * _Q5_1_BYTES, w, x, x_stride, y, y_stride, K,
+        tile_start, tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+@kernel(MATMUL)
+def _matmul_iq4_nl_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    drive(
+        up_to_most, _iq4_nl, K // 32 * _IQ4_NL_BYTES, w, x, x_stride, y, y_stride, K,
+        tile_start, tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+@kernel(MATMUL)
+def _matmul_mxfp4_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    drive(
+        up_to_most, _mxfp4, K // 32 * _MXFP4_BYTES, w, x, x_stride, y, y_stride, K,
+        tile_start, tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+KERNELS: dict[str, Kernel] = {
+    "Q8_0": _matmul_q8_0_kernel,
+    "Q4_0": _matmul_q4_0_kernel,
+    "Q4_1": _matmul_q4_1_kernel,
+    "Q5_0": _matmul_q5_0_kernel,
+    "Q5_1": _matmul_q5_1_kernel,
+    "IQ4_NL": _matmul_iq4_nl_kernel,
+    "MXFP4": _matmul_mxfp4_kernel,
+}

@@ -8,8 +8,9 @@ W[tile] . X[xi[t]]. `w` is the address of tile 0; `x + xi[t] * x_stride` of an a
 float32[rows rounded up to 16], added to the sum; `mode` 1 then adds the sum to what `y` holds,
 mode 0 replaces it. Always 16 floats are stored for a tile.
 
-Owns: the order of work. Tokens go in fours, then one at a time, all over one tile before the next,
-so that weights come from DRAM once. Must not know: formats.
+Owns: the order of work. Tokens go in packs of up to `MOST`, all over one tile before the next, so
+that weights come from DRAM once. A short pack repeats its last token: computing a token twice is
+cheaper than another pass over the tile. Must not know: formats.
 """
 
 from __future__ import annotations
@@ -17,61 +18,71 @@ from __future__ import annotations
 from typing import Any
 
 from edgert.kernels_cpu.jit import inline, void
-from edgert.kernels_cpu.lanes import LANES, PARTS, ld16, ldL, st16, stL
-from edgert.kernels_cpu.simd import ld_i64, vadd
+from edgert.kernels_cpu.lanes import LANES, PARTS
+from edgert.kernels_cpu.packs import addresses, store_pack
+from edgert.kernels_cpu.simd import ld_f32x16, ld_i64, st_f32x16, stack_buffer, vadd
 
-__all__ = ["MATMUL", "drive", "finish16"]
+__all__ = ["MATMUL", "drive", "up_to_four", "up_to_most"]
 
 MATMUL = void("i" * 13)
+MOST = 8 if LANES == 16 else 4  # tokens whose sums fit the registers: 8 of 32, 4 of 16
+_one_address, _four_addresses, _most_addresses = addresses(1), addresses(4), addresses(MOST)
+_results = stack_buffer(64 * MOST)
 
 
 @inline
-def finish16(y: Any, acc: Any, mode: Any, bias: Any) -> None:
-    """Store 16 results at address `y`; `bias` is 0 or the address of their 16 biases."""
-    if bias != 0:
-        acc = vadd(acc, ld16(bias))
-    if mode != 0:
-        acc = vadd(ld16(y), acc)
-    st16(y, acc)
+def _in_parts(body: Any, p: Any, K: Any, xs: Any, results: Any) -> None:
+    for part in range(PARTS):
+        store_pack(results + 4 * LANES * part, body(p, part, K, xs))
 
 
 @inline
-def _finishL(y: Any, acc: Any, mode: Any, bias: Any) -> None:
-    if bias != 0:
-        acc = vadd(acc, ldL(bias))
-    if mode != 0:
-        acc = vadd(ldL(y), acc)
-    stL(y, acc)
+def up_to_four(
+    body: Any, p: Any, K: Any, index: Any, x: Any, stride: Any, left: Any, results: Any
+) -> Any:
+    """Compute a tile for min(left, 4) tokens into `results`; returns how many."""
+    count = min(left, 4)
+    if count == 1:
+        store_pack(results, body(p, 0, K, _one_address(index, x, stride, 0)))
+    else:
+        _in_parts(body, p, K, _four_addresses(index, x, stride, count - 1), results)
+    return count
+
+
+if MOST == 4:
+    up_to_most = up_to_four
+else:
+
+    @inline
+    def up_to_most(
+        body: Any, p: Any, K: Any, index: Any, x: Any, stride: Any, left: Any, results: Any
+    ) -> Any:
+        """Compute a tile for min(left, MOST) tokens into `results`; returns how many."""
+        if left <= 4:
+            return up_to_four(body, p, K, index, x, stride, left, results)
+        count = min(left, MOST)
+        _in_parts(body, p, K, _most_addresses(index, x, stride, count - 1), results)
+        return count
 
 
 @inline
 def drive(
-    tile1: Any, tile4: Any, tile_bytes: Any, w: Any, x: Any, x_stride: Any, y: Any, y_stride: Any,
+    pack: Any, body: Any, tile_bytes: Any, w: Any, x: Any, x_stride: Any, y: Any, y_stride: Any,
     K: Any, tile_start: Any, tile_stop: Any, n: Any, xi: Any, yi: Any, mode: Any, bias: Any,
 ) -> None:  # fmt: skip
-    """Run tile1(p, K, a) -> acc and tile4(p, part, K, a0, a1, a2, a3) -> four accs."""
+    """Run `body(p, part, K, xs) -> acc` over packs of tokens, made by `pack`: an `up_to_...`."""
+    results = _results()
     for tile in range(tile_start, tile_stop):
         p = w + tile * tile_bytes
-        out = y + 64 * tile
         t = 0
-        while t + 4 <= n:
-            a0, a1 = x + ld_i64(xi + 8 * t) * x_stride, x + ld_i64(xi + 8 * t + 8) * x_stride
-            a2, a3 = x + ld_i64(xi + 8 * t + 16) * x_stride, x + ld_i64(xi + 8 * t + 24) * x_stride
-            for part in range(PARTS):
-                r0, r1, r2, r3 = tile4(p, part, K, a0, a1, a2, a3)
-                at = out + 4 * LANES * part
-                b = bias
-                if bias != 0:
-                    b = bias + 64 * tile + 4 * LANES * part
-                _finishL(at + ld_i64(yi + 8 * t) * y_stride, r0, mode, b)
-                _finishL(at + ld_i64(yi + 8 * t + 8) * y_stride, r1, mode, b)
-                _finishL(at + ld_i64(yi + 8 * t + 16) * y_stride, r2, mode, b)
-                _finishL(at + ld_i64(yi + 8 * t + 24) * y_stride, r3, mode, b)
-            t += 4
         while t < n:
-            acc = tile1(p, K, x + ld_i64(xi + 8 * t) * x_stride)
-            b = bias
-            if bias != 0:
-                b = bias + 64 * tile
-            finish16(out + ld_i64(yi + 8 * t) * y_stride, acc, mode, b)
-            t += 1
+            count = pack(body, p, K, xi + 8 * t, x, x_stride, n - t, results)
+            for i in range(count):
+                out = y + ld_i64(yi + 8 * (t + i)) * y_stride + 64 * tile
+                value = ld_f32x16(results + 64 * i)
+                if bias != 0:
+                    value = vadd(value, ld_f32x16(bias + 64 * tile))
+                if mode != 0:
+                    value = vadd(ld_f32x16(out), value)
+                st_f32x16(out, value)
+            t += count

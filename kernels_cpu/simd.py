@@ -26,6 +26,7 @@ from edgert.kernels_cpu.vectors import (
     Vec,
     constant,
     declare,
+    emit_prefetch,
     float_to_half,
     generic,
     half_to_float,
@@ -47,7 +48,7 @@ __all__ = [
     "select_gt", "shift_of", "shuffle_of", "splat_f32x16", "splat_f32x8", "splat_i32x16",
     "st_f16x16", "st_f32", "st_f32x16", "st_f32x8", "st_i16", "st_i32", "st_i64", "st_i8",
     "stack_buffer", "storer", "vabs", "vadd", "vand", "vdiv", "vec", "vmax", "vmin", "vmul",
-    "vor", "vrint", "vsqrt", "vsub", "vxor", "zero_f32x16", "zero_i32x16",
+    "vneg", "vor", "vrint", "vsqrt", "vsub", "vxor", "zero_f32x16", "zero_i32x16",
 ]  # fmt: skip
 
 F32x16 = Any  # names for annotations only: Numba infers the types, mypy cannot see them
@@ -121,9 +122,7 @@ def stack_buffer(nbytes: int) -> Any:
 @(lambda f: operation(types.void, (types.intp,), f))
 def prefetch(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     """prefetch(address): ask for the cache line; never faults."""
-    pointer = ir.IntType(8).as_pointer()
-    call = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32, I32, I32])
-    builder.call(call, [builder.inttoptr(args[0], pointer), I32(0), I32(3), I32(1)])
+    emit_prefetch(builder, args[0])
     return context.get_dummy_value()
 
 
@@ -204,6 +203,7 @@ vdiv = _binary("sdiv", "fdiv")
 vand, vor, vxor = _binary("and_", None), _binary("or_", None), _binary("xor", None)
 vmax = generic(2, _choose(">"))  # a > b ? a : b, so a NaN in `a` gives b
 vmin = generic(2, _choose("<"))  # a < b ? a : b
+vneg = generic(1, lambda ctx, b, sig, args: b.fneg(args[0]), float_only=True)
 vsqrt, vrint, vabs = (_unary_llvm(f"llvm.{n}") for n in ("sqrt", "roundeven", "fabs"))
 fma, fnma = _fma(False), _fma(True)  # a*b + c and -(a*b) + c, rounded once; vectors or float32
 neg_f32x16 = operation(vec("f32", 16), (vec("f32", 16),), lambda ctx, b, sig, args: b.fneg(args[0]))

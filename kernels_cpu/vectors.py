@@ -15,7 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
-    "Emit", "I32", "LLVM", "SCALAR", "Vec", "constant", "declare", "float_to_half", "generic",
+    "Emit", "I32", "LLVM", "SCALAR", "Vec", "constant", "declare", "emit_prefetch",
+    "float_to_half", "generic",
     "half_to_float", "is_float", "load", "operation", "splat", "store", "suffix", "vec",
 ]  # fmt: skip
 
@@ -129,6 +130,13 @@ def load(builder: Any, address: Any, kind: Any) -> Any:
 def store(builder: Any, address: Any, value: Any) -> None:
     """Store to an integer address of any alignment."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+def emit_prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an integer address; never faults."""
+    pointer = ir.IntType(8).as_pointer()
+    call = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32, I32, I32])
+    builder.call(call, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
 
 # --- half precision: the conversion instruction where the target has one, else integer steps.
