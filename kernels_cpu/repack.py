@@ -20,6 +20,7 @@ from edgert.kernels_cpu.simd import (
     ld_i16,
     ld_i64,
     loader,
+    prefetch,
     shuffle_of,
     st_i8,
     st_i16,
@@ -30,6 +31,10 @@ from edgert.kernels_cpu.simd import (
 from edgert.kernels_cpu.vectors import I32, load, operation, store
 
 __all__ = ["repack_blocks"]
+
+# The next tile is asked for where a row is too short for the hardware to see where it goes: 10 GB/s
+# instead of 5 with 500-byte rows, equal at 2 KiB, a tenth less at 4 KiB.
+_SHORT_ROW = 2048
 
 _BYTES, _HALVES = vec("i8", 64), vec("i16", 32)
 _expanded_buffer = stack_buffer(4 * 64)
@@ -108,6 +113,13 @@ def _move(source: Any, stride: Any, out: Any, unit: Any, nbytes: Any) -> None:
 
 
 @inline
+def _prefetch(source: Any, block_bytes: Any) -> None:
+    """Ask for the share of one block in the 16 rows at `source`, which lie together."""
+    for line in range((block_bytes + 3) >> 2):
+        prefetch(source + 64 * line)
+
+
+@inline
 def _copy_rows(source: Any, stride: Any, rows: Any, nbytes: Any, out: Any) -> None:
     for r in range(rows):
         for i in range(nbytes):
@@ -132,6 +144,8 @@ def repack_blocks(
                 _st_bytes(few + 64 * i, _zero())
         for block in range(blocks):
             source, stride = raw + 16 * tile * row_bytes + block * block_bytes, row_bytes
+            if row_bytes <= _SHORT_ROW:
+                _prefetch(raw + 16 * ((tile + 1) * row_bytes + block * block_bytes), block_bytes)
             if tail < 16:
                 _copy_rows(source, row_bytes, tail, block_bytes, few)
                 source, stride = few, block_bytes

@@ -38,6 +38,15 @@ def random_raw(
     return raw
 
 
+def tiles_of(fmt: QuantFormat, raw: npt.NDArray[np.uint8], K: int) -> npt.NDArray[np.uint8]:
+    """The tiles of GGUF rows (rows, row_bytes), by the compiled mover."""
+    from edgert.kernels_cpu import layout
+
+    tiles = np.full(layout.matrix_bytes(fmt, len(raw), K), 0xA5, np.uint8)
+    layout.repack(fmt, np.ascontiguousarray(raw), len(raw), K, tiles)
+    return tiles
+
+
 def random_activations(T: int, K: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """(T, K) float32 with a few outliers, as a model has."""
     x = rng.standard_normal((T, K)).astype(np.float32)
@@ -46,16 +55,17 @@ def random_activations(T: int, K: int, rng: np.random.Generator) -> npt.NDArray[
 
 
 def main() -> None:
-    """Print the instruction set and a hash of each format's results, batched and alone."""
-    from edgert.kernels_cpu import isa, layout, matmul
+    """Print the instruction set, then hashes of each format's tiles and of the results of some."""
+    from edgert.kernels_cpu import isa, matmul
 
     print(isa.ISA.name)
+    for name, fmt in BY_NAME.items():
+        raw = random_raw(fmt, 23, 512, np.random.default_rng(12))
+        print(f"{name}-tiles:{hashlib.sha256(tiles_of(fmt, raw, 512).tobytes()).hexdigest()[:16]}")
     for name in COMPARED:
         fmt, rng = BY_NAME[name], np.random.default_rng(11)
         raw, x = random_raw(fmt, 40, 512, rng), random_activations(6, 512, rng)
-        tiles = np.zeros(layout.matrix_bytes(fmt, 40, 512), np.uint8)
-        layout.repack(fmt, raw, 40, 512, tiles)
-        y = matmul.matmul(fmt, tiles, x, 40)
+        y = matmul.matmul(fmt, tiles_of(fmt, raw, 512), x, 40)
         print(f"{name}:{hashlib.sha256(y.tobytes()).hexdigest()[:16]}")
 
 

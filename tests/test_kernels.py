@@ -1,4 +1,4 @@
-"""Matmul, repack and activation kernels against their NumPy twins, to the bit."""
+"""Matmul and activation kernels against their NumPy twins, to the bit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_cases import random_activations, random_raw
+from kernel_cases import random_activations, random_raw, tiles_of
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import activations, layout
@@ -33,12 +31,6 @@ FORMATS = list(BY_NAME.values())
 MAIN = [BY_NAME[n] for n in ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")]
 by_name = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 main_by_name = pytest.mark.parametrize("fmt", MAIN, ids=lambda f: f.name)
-
-
-def tiles_of(fmt: QuantFormat, raw: npt.NDArray[np.uint8], K: int) -> npt.NDArray[np.uint8]:
-    out = np.full(layout.matrix_bytes(fmt, len(raw), K), 0xA5, np.uint8)
-    layout.repack(fmt, np.ascontiguousarray(raw), len(raw), K, out)
-    return out
 
 
 def same_bits(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
@@ -172,55 +164,6 @@ def test_matmul_refuses_what_does_not_fit() -> None:
         matmul(fmt, tiles, x.astype(np.float64), 16)
     with pytest.raises(InputError, match="bias must be float32"):
         matmul(fmt, tiles, x, 16, bias=np.zeros(15, np.float32))
-
-
-# --- layout -------------------------------------------------------------------------------------
-
-
-@by_name
-def test_repack_equals_its_reference_and_unpack_inverts_it(fmt: QuantFormat) -> None:
-    rng = np.random.default_rng(6)
-    for rows, blocks in ((1, 1), (16, 2), (33, 3), (172, 1)):
-        K = blocks * fmt.block_size if fmt.block_size > 1 else 24 * blocks + 1
-        raw = rng.integers(0, 256, (rows, fmt.row_bytes(K)), dtype=np.uint8)
-        tiles = tiles_of(fmt, raw, K)
-        assert np.array_equal(tiles, layout.repack_ref(fmt, raw, rows, K))
-        assert np.array_equal(layout.unpack_ref(fmt, tiles, rows, K), raw)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(FORMATS), st.integers(1, 50), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_unpack_inverts_repack(fmt: QuantFormat, rows: int, blocks: int, seed: int) -> None:
-    K = blocks * fmt.block_size
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (rows, fmt.row_bytes(K)), dtype=np.uint8)
-    assert np.array_equal(layout.unpack_ref(fmt, tiles_of(fmt, raw, K), rows, K), raw)
-
-
-@by_name
-def test_tiles_cost_at_most_four_percent_and_padding_is_zero(fmt: QuantFormat) -> None:
-    K = 2 * fmt.block_size if fmt.block_size > 1 else 64
-    assert layout.tile_bytes(fmt, K) <= 1.04 * 16 * fmt.row_bytes(K)
-    assert layout.matrix_bytes(fmt, 17, K) == 2 * layout.tile_bytes(fmt, K)
-    raw = np.full((17, fmt.row_bytes(K)), 0xFF, np.uint8)
-    full = layout.unpack_ref(fmt, tiles_of(fmt, raw, K), 32, K)
-    assert np.all(full[:17] == 0xFF) and not full[17:].any()
-
-
-def test_repack_in_pieces_of_sixteen_rows_is_the_same() -> None:
-    fmt, rng = BY_NAME["Q4_K"], np.random.default_rng(8)
-    raw = rng.integers(0, 256, (48, fmt.row_bytes(256)), dtype=np.uint8)
-    whole = tiles_of(fmt, raw, 256)
-    pieces = [tiles_of(fmt, raw[a:b], 256) for a, b in ((0, 16), (16, 48))]
-    assert np.array_equal(whole, np.concatenate(pieces))
-
-
-def test_repack_refuses_wrong_sizes() -> None:
-    fmt = BY_NAME["Q8_0"]
-    with pytest.raises(InputError, match=r"Q8_0 \[2, 32\]: raw must be 68 contiguous bytes"):
-        layout.repack(fmt, np.zeros(67, np.uint8), 2, 32, np.zeros(544, np.uint8))
-    with pytest.raises(InputError, match="out must be 544"):
-        layout.repack(fmt, np.zeros(68, np.uint8), 2, 32, np.zeros(543, np.uint8))
 
 
 # --- activations --------------------------------------------------------------------------------
