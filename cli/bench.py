@@ -12,7 +12,7 @@ import click
 
 from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
 from edgert.cli.progress import Progress
-from edgert.cli.report import print_json
+from edgert.cli.report import print_csv, print_json
 
 __all__ = ["bench"]
 
@@ -66,35 +66,64 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
     metavar="PATH",
     help="The Python that has llama-cpp-python; by default the one that runs edgert.",
 )
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="Measure the matrix kernels instead of a model, against the limits of the machine.",
+)
+@click.option(
+    "--formats",
+    metavar="LIST",
+    help="Number formats for --kernels, like Q4_0,Q8_0; by default all.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 @debug_options
 def bench(
     options: ModelOptions,
     baseline: str | None,
     baseline_python: str | None,
+    kernels: bool,
+    formats: str | None,
+    as_csv: bool,
     as_json: bool,
     **sizes: Any,
 ) -> None:
     """Measure prefill, decode and reading speed.
 
     Generation is greedy, so the hash of the logits is the same in every trial, for every budget
-    and thread count.
+    and thread count. --baseline measures llama.cpp beside edgert, --kernels the matrix kernels
+    alone.
     """
-    from edgert.cli.bench_model import Sizes, bench_model, bench_text
-
     if baseline_python is not None and baseline is None:
         raise click.UsageError("--baseline-python needs --baseline llamacpp")
+    if kernels and (baseline is not None or options.model is not None):
+        raise click.UsageError("--kernels needs no model and no --baseline")
+    if formats is not None and not kernels:
+        raise click.UsageError("--formats needs --kernels")
+    if as_csv and as_json:
+        raise click.UsageError("give --csv or --json, not both")
     with Progress() as progress:
-        if baseline is None:
-            found, text = bench_model(options, Sizes(**sizes), progress), bench_text
-        else:
+        if kernels:
+            from edgert.cli.bench_kernels import bench_kernels, kernels_text
+
+            names = formats.split(",") if formats else None
+            found = bench_kernels(names, options.threads, sizes["trials"], progress)
+            rows, text = found["kernels"], kernels_text
+        elif baseline is not None:
             from edgert.cli.bench_baseline import compare, comparison_text
+            from edgert.cli.bench_model import Sizes
 
             found = compare(options, Sizes(**sizes), baseline_python, progress)
-            text = comparison_text
-    if found is None:
-        raise click.Abort
-    if as_json:
+            rows, text = found["rows"], comparison_text
+        else:
+            from edgert.cli.bench_model import Sizes, bench_model, model_text
+
+            found = bench_model(options, Sizes(**sizes), progress)
+            rows, text = [found], model_text
+    if as_csv:
+        print_csv(rows)
+    elif as_json:
         print_json(found)
     else:
         click.echo(text(found))

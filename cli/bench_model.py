@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import click
+
 import edgert
 from edgert import InputError, format_bytes
 from edgert.cli.answer import Answer, answer
@@ -24,7 +26,7 @@ from edgert.cli.report import table
 if TYPE_CHECKING:
     from edgert import Engine, RunStats, Tokenizer
 
-__all__ = ["Sizes", "bench_model", "bench_text", "some_text"]
+__all__ = ["PAST", "Sizes", "bench_model", "model_text", "some_text"]
 
 DEFAULT_PROMPT = 512
 PAST = 16  # tokens in the KV cache before decode and batch rows
@@ -63,8 +65,8 @@ def some_text(tokenizer: Tokenizer, count: int) -> list[int]:
     return (tokens * -(-count // len(tokens)))[:count]
 
 
-def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict[str, Any] | None:
-    """Measure a model under its plan; the object that --json prints, None after Ctrl-C.
+def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+    """Measure a model under its plan; the object that --json prints. Ctrl-C is `click.Abort`.
 
     Kernels are compiled while the model loads, outside of what is measured.
     """
@@ -74,9 +76,9 @@ def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict
         progress.close()
         runs = [_trial(engine, prompt, sizes.gen_tokens, progress) for _ in range(sizes.trials)]
         if any(run.finish_reason == "cancelled" for run in runs):
-            return None
+            raise click.Abort
         found = _result(options, engine, runs)
-        found["batch_tok_s"] = _batches(engine, sizes, progress)
+        found |= _batches(engine, sizes, progress)
     found["file_cache"] = "cold" if cold else "warm"
     return found
 
@@ -95,7 +97,7 @@ def _forget(engine: Engine, prompt: list[int]) -> None:
 
 
 def _batches(engine: Engine, sizes: Sizes, progress: Progress) -> dict[str, float]:
-    """Tokens a second of one pass of n tokens behind a short context, by n."""
+    """Tokens a second of one pass of n tokens behind a short context, as batch_n_tok_s."""
     most = engine.context_length - PAST
     counts = [n for n in sizes.batches if n <= most]
     text = some_text(engine.tokenizer, PAST + max(counts, default=0))
@@ -109,7 +111,7 @@ def _batches(engine: Engine, sizes: Sizes, progress: Progress) -> dict[str, floa
             engine.forward.evaluate(text[: PAST + n], engine.vocab_size)
             seconds[n].append(time.perf_counter() - begin)
     progress.close()
-    return {str(n): n / statistics.median(times) for n, times in seconds.items()}
+    return {f"batch_{n}_tok_s": n / statistics.median(times) for n, times in seconds.items()}
 
 
 def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _one_hash(trials: list[RunStats]) -> str:
     return hashes.pop()
 
 
-def bench_text(found: dict[str, Any]) -> str:
+def model_text(found: dict[str, Any]) -> str:
     """`bench_model`'s object for people."""
     device = found["device_bytes_per_s"]
     share = f"{100 * found['read_bytes_per_s'] / device:.0f} %" if device else "-"
@@ -163,6 +165,11 @@ def bench_text(found: dict[str, Any]) -> str:
         "prefill tok/s": f"{found['prefill_tok_s']:.1f}",
         "decode tok/s": f"{found['decode_tok_s']:.2f}",
         "predicted": "-" if predicted is None else f"{predicted:.2f}",
+        **{
+            f"batch {key.split('_')[1]}": f"{value:.1f}"
+            for key, value in found.items()
+            if key.startswith("batch_")
+        },
         "MiB/tok": f"{found['read_bytes_per_token'] / 2**20:.1f}",
         "GB/s": f"{found['read_bytes_per_s'] / 1e9:.2f}",
         "of device": share,
