@@ -77,7 +77,7 @@ class _Worker:
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
         if not line:
-            raise EdgertError(f"{self.name} ended: {self._last_error()}")
+            raise EdgertError(f"{self.name} ended with {self._last_error()}")
         answer: dict[str, Any] = json.loads(line)
         if answer.get("missing"):
             raise InputError(
@@ -93,7 +93,7 @@ class _Worker:
         self._child.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._child.returncode}"
+        return ": ".join([f"exit code {self._child.returncode}", *lines[-1:]])
 
     def close(self) -> None:
         """End the process."""

@@ -34,6 +34,7 @@ from edgert.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from edgert.config import SamplingParams
+    from edgert.diagnosis import diagnose
     from edgert.engine import Engine
     from edgert.kernel_bench import KernelFigures, bench_kernels
     from edgert.opening import load, plan_model, warmup
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "bench_kernels",
     "bundled_model",
+    "diagnose",
     "format_bytes",
     "load",
     "logits_hash",
@@ -94,6 +96,7 @@ _LAZY = {  # public name -> module that defines it
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
     "bench_kernels": "edgert.kernel_bench",
+    "diagnose": "edgert.diagnosis",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "plan_model": "edgert.opening",

@@ -32,7 +32,7 @@ from edgert.quant.quantize import quantize_ref
 from edgert.threads import ThreadTeam
 from edgert.units import KIB, MIB
 
-__all__ = ["KernelFigures", "bench_kernels"]
+__all__ = ["KernelFigures", "bench_kernels", "measure_memory"]
 
 ROWS = COLUMNS = 4096  # of a matrix
 READ_BYTES = 512 * MIB
@@ -100,13 +100,33 @@ class _Case:
         return fastest
 
 
+def _read_case(team: ThreadTeam, data: npt.NDArray[np.uint8], sums: npt.NDArray[np.int32]) -> _Case:
+    """Reading all of `data`, whole pieces; the sums go to int32 [threads, 16]. Keep both alive."""
+    builder = ProgramBuilder()
+    pieces = data.nbytes // limits.PIECE
+    builder.call(limits.read_kernel, [data.ctypes.data, sums.ctypes.data], pieces, _LIMIT_CHUNK)
+    return _Case(builder.finish(), team, 1, pieces * limits.PIECE, 0)
+
+
+def measure_memory(threads: int, nbytes: int = READ_BYTES) -> float:
+    """Bytes a second that `threads` threads read from memory: the best of several walks."""
+    data = np.ones(nbytes, np.uint8)  # touched: untouched pages would all be the same zeros
+    sums = np.zeros((threads, 16), np.int32)
+    team = ThreadTeam(threads)
+    try:
+        case = _read_case(team, data, sums)
+        return case.nbytes / min(case.seconds() for _ in range(4))
+    finally:
+        team.close()
+
+
 class _Bench:
     """The teams and the memory that all formats share."""
 
     def __init__(self, threads: int) -> None:
         self.team = ThreadTeam(threads)
         self.alone = ThreadTeam(1)
-        self.arena = np.zeros(READ_BYTES, np.uint8)
+        self.arena = np.ones(READ_BYTES, np.uint8)
         self._index = np.arange(GEMM_TOKENS, dtype=np.int64)
         self.y = np.zeros((GEMM_TOKENS, ROWS), np.float32)
         rng = np.random.default_rng(0)
@@ -120,17 +140,13 @@ class _Bench:
         self.limits = {"fma": self._peak(limits.float_peak_kernel)}
         if limits.DOT_MACS:
             self.limits["dot"] = self._peak(limits.dot_peak_kernel)
-        self.limits["read"] = self._read_limit()  # last: just before what it is compared with
+        self.limits["read"] = _read_case(
+            self.team, self.arena, self._sums
+        )  # last: just before what it is compared with
 
     def close(self) -> None:
         self.team.close()
         self.alone.close()
-
-    def _read_limit(self) -> _Case:
-        builder = ProgramBuilder()
-        arguments = [self.arena.ctypes.data, self._sums.ctypes.data]
-        builder.call(limits.read_kernel, arguments, READ_BYTES // limits.PIECE, _LIMIT_CHUNK)
-        return _Case(builder.finish(), self.team, 1, READ_BYTES, 0)
 
     def _peak(self, kernel: Kernel) -> _Case:
         dot = kernel is limits.dot_peak_kernel
