@@ -18,7 +18,7 @@ import pytest
 
 import edgert as library
 from tests.command import STATS, argv, assert_error, edgert, environment, inside
-from tests.tiny import build
+from tests.tiny import TinyModel, build
 
 PROMPT = "the tin hen"
 HELP = """\
@@ -48,15 +48,25 @@ COMMANDS = re.findall(r"^  (\w+)  +[A-Z]", HELP.split("Commands:")[1], re.MULTIL
 
 @pytest.fixture(scope="module")
 def long_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context so long that an answer can be interrupted."""
-    return altered(tmp_path_factory.mktemp("long") / "long.gguf", context_length=16384)
+    """The tiny model with a context so long that an answer can be interrupted, and no end: the
+    logit of the token that would end a greedy text is 0, and the best of the others above it.
+    """
+    model = build("llama", "Q8_0")
+    fmt, shape, data = model.tensors["output.weight"]
+    row, end = fmt.row_bytes(shape[1]), model.metadata["tokenizer.ggml.eos_token_id"]
+    silent = data[: row * end] + bytes(row) + data[row * (end + 1) :]
+    tensors = model.tensors | {"output.weight": (fmt, shape, silent)}
+    path = tmp_path_factory.mktemp("long") / "long.gguf"
+    return altered(path, model=TinyModel(model.metadata, tensors), context_length=16384)
 
 
-def altered(path: Path, architecture: str = "llama", **keys: int) -> Path:
+def altered(
+    path: Path, architecture: str = "llama", model: TinyModel | None = None, **keys: int
+) -> Path:
     """The tiny model with other metadata."""
     from tests.gguf_file import write_gguf
 
-    model = build("llama", "Q8_0")
+    model = model or build("llama", "Q8_0")
     metadata = {**model.metadata, "general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}
     write_gguf(path, metadata, model.tensors)
