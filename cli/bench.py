@@ -1,147 +1,129 @@
-"""`edgert bench`: one row of figures, with the hash that says the numbers stayed the same."""
+"""`edgert bench`: a model, the same model in llama.cpp, or the kernels alone.
+
+Owns: the options. What is measured, and how, is in bench_model.py, bench_baseline.py and
+bench_kernels.py.
+"""
 
 from __future__ import annotations
 
-import math
-import os
-import platform
-import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-import edgert
-from edgert import InputError, format_bytes
-from edgert.cli.answer import Answer, answer
-from edgert.cli.cgroup import drop_page_cache
 from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
 from edgert.cli.progress import Progress
-from edgert.cli.report import print_json, table
-
-if TYPE_CHECKING:
-    from edgert import Engine, RunStats
+from edgert.cli.report import print_csv, print_json
 
 __all__ = ["bench"]
 
-# Real sentences: experts are routed as they are in use, which random tokens would not do.
-_TEXT = (
-    "Once upon a time there was a little boy who lived near a big forest. Every day he went out "
-    "to play with his dog. One morning they found a red ball under a tree, and the dog ran after "
-    "it until the sun went down. "
-)
+
+def _counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """A list of positive numbers."""
+    try:
+        counts = tuple(int(part) for part in value.split(",") if part)
+    except ValueError:
+        counts = (0,)
+    if not counts or min(counts) < 1:
+        raise click.BadParameter(f"{value!r} is not a list like 1,2,4,8", context, parameter)
+    return counts
 
 
 @click.command()
 @load_options
 @click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N"
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of the prompt; by default 512, or what the context holds.",
 )
 @click.option(
-    "--gen-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="M"
+    "--gen-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="M",
+    help="Tokens generated one by one.",
+)  # fmt: skip
+@click.option(
+    "--batch",
+    "batches",
+    default="1,2,4,8",
+    show_default=True,
+    callback=_counts,
+    metavar="LIST",
+    help="Tokens computed in one pass behind a short context.",
 )
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="Measured runs; the row gives their medians.",
+    help="Measured runs; the rows give their medians.",
 )
+@click.option(
+    "--baseline",
+    type=click.Choice(["llamacpp"]),
+    help="Measure llama.cpp on the same file too, turn by turn; needs llama-cpp-python.",
+)
+@click.option(
+    "--baseline-python",
+    metavar="PATH",
+    help="The Python that has llama-cpp-python; by default the one that runs edgert.",
+)
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="Measure the matrix kernels instead of a model, against the limits of the machine.",
+)
+@click.option(
+    "--formats",
+    metavar="LIST",
+    help="Number formats for --kernels, like Q4_0,Q8_0; by default all.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 @debug_options
 def bench(
-    options: ModelOptions, prompt_tokens: int, gen_tokens: int, trials: int, as_json: bool
+    options: ModelOptions,
+    baseline: str | None,
+    baseline_python: str | None,
+    kernels: bool,
+    formats: str | None,
+    as_csv: bool,
+    as_json: bool,
+    **sizes: Any,
 ) -> None:
     """Measure prefill, decode and reading speed.
 
-    Kernels are compiled while the model loads, outside of what is measured. Generation is greedy,
-    so the hash of the logits is the same in every trial, for every budget and thread count.
+    Generation is greedy, so the hash of the logits is the same in every trial, for every budget
+    and thread count. --baseline measures llama.cpp beside edgert, --kernels the matrix kernels
+    alone.
     """
-    cold = drop_page_cache(edgert.read_gguf(options.path).files)
-    with Progress() as progress, options.load(progress) as engine:
-        prompt = _prompt(engine, prompt_tokens)
-        progress.close()
-        runs = [_trial(engine, prompt, gen_tokens, progress) for _ in range(trials)]
-        found = _result(options, engine, runs)
-    found["file_cache"] = "cold" if cold else "warm"
-    if any(run.finish_reason == "cancelled" for run in runs):
-        raise click.Abort
-    if as_json:
+    if baseline_python is not None and baseline is None:
+        raise click.UsageError("--baseline-python needs --baseline llamacpp")
+    if kernels and (baseline is not None or options.model is not None):
+        raise click.UsageError("--kernels needs no model and no --baseline")
+    if formats is not None and not kernels:
+        raise click.UsageError("--formats needs --kernels")
+    if as_csv and as_json:
+        raise click.UsageError("give --csv or --json, not both")
+    with Progress() as progress:
+        if kernels:
+            from edgert.cli.bench_kernels import bench_kernels, kernels_text
+
+            names = formats.split(",") if formats else None
+            found = bench_kernels(names, options.threads, sizes["trials"], progress)
+            rows, text = found["kernels"], kernels_text
+        elif baseline is not None:
+            from edgert.cli.bench_baseline import compare, comparison_text
+            from edgert.cli.bench_model import Sizes
+
+            found = compare(options, Sizes(**sizes), baseline_python, progress)
+            rows, text = found["rows"], comparison_text
+        else:
+            from edgert.cli.bench_model import Sizes, bench_model, model_text
+
+            found = bench_model(options, Sizes(**sizes), progress)
+            rows, text = [found], model_text
+    if as_csv:
+        print_csv(rows)
+    elif as_json:
         print_json(found)
     else:
-        click.echo(_row(found))
-
-
-def _prompt(engine: Engine, count: int) -> list[int]:
-    tokens = engine.tokenize(_TEXT)
-    if not tokens:
-        raise InputError("the model's tokenizer makes no tokens of English text")
-    return (tokens * -(-count // len(tokens)))[:count]
-
-
-def _trial(engine: Engine, prompt: list[int], gen_tokens: int, progress: Progress) -> Answer:
-    """One run with an empty KV cache; tokens that would end the text are banned."""
-    engine.logits([(prompt[0] + 1) % engine.vocab_size])  # so that nothing can be reused
-    banned = {token: -math.inf for token in engine.tokenizer.eos_ids}
-    sampling = {"max_tokens": gen_tokens, "temperature": 0.0, "seed": 0, "logit_bias": banned}
-    return answer(engine, prompt, sampling, progress, silent=True)
-
-
-def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[str, Any]:
-    trials = [run.stats for run in runs if run.stats is not None]
-
-    def median(name: str) -> float:
-        return float(statistics.median(getattr(trial, name) for trial in trials))
-
-    plan = engine.plan
-    device = median("device_bytes_per_s")
-    read = median("read_bytes_per_token")
-    return {
-        "model": options.path.name,
-        "machine": f"{platform.machine()} {platform.system()}",
-        "cores": os.cpu_count(),
-        "threads": plan.threads,
-        "budget_bytes": plan.budget_bytes,
-        "prompt_tokens": trials[0].prompt_tokens,
-        "gen_tokens": trials[0].generated_tokens,
-        "trials": len(trials),
-        "prefill_tok_s": median("prefill_tok_s"),
-        "decode_tok_s": median("decode_tok_s"),
-        # What the device allows if nothing but reading took time; None when nothing is read.
-        "predicted_decode_tok_s": device / read if device and read else None,
-        "read_bytes_per_token": read,
-        "read_bytes_per_s": median("read_bytes_per_s"),
-        "device_bytes_per_s": device,
-        "stall_share": median("stall_share"),
-        "resident_bytes": max(trial.resident_bytes for trial in trials),
-        "peak_bytes": max(trial.peak_bytes for trial in trials),
-        "logits_hash": _one_hash(trials),
-    }
-
-
-def _one_hash(trials: list[RunStats]) -> str:
-    hashes = {trial.logits_hash for trial in trials}
-    if len(hashes) > 1:
-        raise edgert.EdgertError(f"the trials gave different logits: {', '.join(sorted(hashes))}")
-    return hashes.pop()
-
-
-def _row(found: dict[str, Any]) -> str:
-    device = found["device_bytes_per_s"]
-    share = f"{100 * found['read_bytes_per_s'] / device:.0f} %" if device else "-"
-    predicted = found["predicted_decode_tok_s"]
-    columns = {
-        "model": found["model"],
-        "threads": str(found["threads"]),
-        "budget": format_bytes(found["budget_bytes"]),
-        "prefill tok/s": f"{found['prefill_tok_s']:.1f}",
-        "decode tok/s": f"{found['decode_tok_s']:.2f}",
-        "predicted": "-" if predicted is None else f"{predicted:.2f}",
-        "MiB/tok": f"{found['read_bytes_per_token'] / 2**20:.1f}",
-        "GB/s": f"{found['read_bytes_per_s'] / 1e9:.2f}",
-        "of device": share,
-        "stall": f"{100 * found['stall_share']:.0f} %",
-        "peak": format_bytes(found["peak_bytes"]),
-        "cache": found["file_cache"],
-        "logits": f"#{found['logits_hash'][:8]}",
-    }
-    return table(list(columns), [list(columns.values())])
+        click.echo(text(found))

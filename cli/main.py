@@ -28,6 +28,7 @@ _COMMANDS = {  # in the order of the help page; each is the attribute `command` 
     "show": ("edgert.cli.show", "show", "Show what is in a model file."),
     "bench": ("edgert.cli.bench", "bench", "Measure prefill, decode and reading speed."),
     "stress": ("edgert.cli.stress", "stress", "Run under real memory limits and compare."),
+    "doctor": ("edgert.cli.doctor", "doctor", "Look at CPU, threads, memory, disk and cache."),
     "warmup": ("edgert.cli.warmup", "warmup", "Compile the kernels ahead of the first run."),
     "logits": ("edgert.cli.logits", "logits", "Save the logits of a list of tokens."),
 }

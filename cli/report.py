@@ -6,6 +6,8 @@ where a figure comes from.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +22,7 @@ from edgert import InputError, format_bytes
 if TYPE_CHECKING:
     from edgert import RunStats
 
-__all__ = ["atomic_file", "note", "print_json", "stats_line", "table"]
+__all__ = ["atomic_file", "note", "print_csv", "print_json", "stats_line", "table"]
 
 
 def stats_line(stats: RunStats) -> str:
@@ -60,6 +62,15 @@ def note(text: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout, indented for people, readable by programs."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def print_csv(rows: Sequence[dict[str, Any]]) -> None:
+    """Comma-separated values on stdout, a header first; all rows have the keys of the first."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    click.echo(out.getvalue(), nl=False)
 
 
 def _plain(value: Any) -> Any:

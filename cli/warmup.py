@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -20,12 +21,17 @@ __all__ = ["warmup"]
 def warmup(model: Path | None) -> None:
     """Compile the kernels ahead of the first run.
 
-    Those that MODEL needs. They are kept in the user's cache folder, or in NUMBA_CACHE_DIR when
-    that is set, keyed by their sources and by the CPU: once is enough.
+    Those that MODEL needs and that are not compiled yet. They are kept in the user's cache folder,
+    or in NUMBA_CACHE_DIR when that is set, keyed by their sources and by the CPU: once is enough.
+    Fails when that folder cannot be written.
     """
-    count = 0
+    begin = time.perf_counter()
+    ready = set()
     with Progress() as progress:
         for name, index, total in edgert.warmup(model):
-            progress.update(index, total, name)
-            count = total
-    note(f"{count} kernels are ready")
+            progress.update(index, total, f"compile {name}")
+            ready.add(name)
+    if ready:
+        note(f"{len(ready)} kernels are ready after {time.perf_counter() - begin:.1f} s")
+    else:
+        note("all kernels were ready")

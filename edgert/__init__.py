@@ -34,7 +34,9 @@ from edgert.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from edgert.config import SamplingParams
+    from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.kernel_bench import KernelFigures, bench_kernels
     from edgert.opening import load, plan_model, warmup
     from edgert.plan import Plan
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
@@ -53,6 +55,7 @@ __all__ = [
     "Engine",
     "FormatError",
     "InputError",
+    "KernelFigures",
     "Manifest",
     "MemoryReport",
     "ModelError",
@@ -66,7 +69,9 @@ __all__ = [
     "TokenizerError",
     "UnsupportedError",
     "__version__",
+    "bench_kernels",
     "bundled_model",
+    "diagnose",
     "format_bytes",
     "load",
     "logits_hash",
@@ -81,6 +86,7 @@ __version__ = "0.1.0"
 _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
     "Engine": "edgert.engine",
+    "KernelFigures": "edgert.kernel_bench",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
@@ -89,6 +95,8 @@ _LAZY = {  # public name -> module that defines it
     "Session": "edgert.session",
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
+    "bench_kernels": "edgert.kernel_bench",
+    "diagnose": "edgert.diagnosis",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "plan_model": "edgert.opening",

@@ -18,8 +18,10 @@ import psutil
 from edgert.units import MIB
 
 __all__ = [
+    "allowed_cores",
     "available_bytes",
     "cgroup_limit_bytes",
+    "cpu_quota",
     "default_threads",
     "peak_bytes",
     "release_cache",
@@ -42,6 +44,8 @@ def _cgroup_paths(controller: str) -> list[Path]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         root = _CGROUP if not controllers else _CGROUP / controller
+        if controllers and not root.is_dir():
+            root = _CGROUP / controllers  # "cpu,cpuacct" where nobody made the short names
         if (not controllers and (_CGROUP / "cgroup.controllers").exists()) or (
             controller in controllers.split(",")
         ):
@@ -101,22 +105,37 @@ def available_bytes() -> int:
     return budget
 
 
-def default_threads() -> int:
-    """Cores this process may use: CPU affinity, cut to the cgroup's CPU quota, at least 1."""
+def allowed_cores() -> int:
+    """Cores this process may run on: its CPU affinity where the system has one."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the enclosing cgroups grant, the smallest; None without a limit."""
+    quotas = []
     for folder in _cgroup_paths("cpu"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = (folder / "cpu.max").read_text().split()
             if quota != "max":
-                cores = min(cores, max(1, int(quota) // int(period)))
+                quotas.append(int(quota) / int(period))
         quota_us = _read_int(folder / "cpu.cfs_quota_us")
         period_us = _read_int(folder / "cpu.cfs_period_us")
         if quota_us and period_us and quota_us > 0:
-            cores = min(cores, max(1, quota_us // period_us))
-    return cores
+            quotas.append(quota_us / period_us)
+    return min(quotas) if quotas else None
+
+
+def default_threads() -> int:
+    """Cores this process may use: CPU affinity, cut to the cgroup's CPU quota, at least 1.
+
+    A part of a core is left: a thread more than the quota would stop all of them for the rest of
+    each period, as they wait for each other.
+    """
+    quota = cpu_quota()
+    cores = allowed_cores()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def resident_bytes() -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgert.compiling import KernelSet, compile_apart
+from edgert.compiling import KernelSet, compile_apart, is_compiled
 from edgert.config import LoadOptions
-from edgert.errors import FormatError, ModelError, UnsupportedError
+from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
+from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
 from edgert.models.tensors import check_tensors
 from edgert.storage.gguf import read_gguf
@@ -139,7 +140,16 @@ def plan_model(path: str | Path | None = None, **options: Any) -> Plan:
 
 
 def warmup(path: str | Path | None = None) -> Iterator[tuple[str, int, int]]:
-    """Compile every kernel a model needs into the user's cache: (name, done, to do) as it goes."""
+    """Compile every kernel a model needs into the user's cache: (name, done, to do) as it goes.
+
+    What is there already is left out. Raises `EdgertError` when the cache cannot be written.
+    """
     opened = open_model(path)
-    for kv_cache_type in ("f16", "f32"):
-        yield from compile_apart(opened.kernel_set(kv_cache_type), None)
+    wanted = [opened.kernel_set(kv_cache_type) for kv_cache_type in ("f16", "f32")]
+    if not all(map(is_compiled, wanted)) and not writable(cache_root()):
+        raise EdgertError(
+            f"the cache folder {cache_root()} cannot be written: kernels would be compiled at "
+            "every start; make it writable or set NUMBA_CACHE_DIR"
+        )
+    for kernels in wanted:
+        yield from compile_apart(kernels, None)

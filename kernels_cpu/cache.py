@@ -1,24 +1,66 @@
-"""Where compiled kernels are kept, and what their key is made of. Imports no Numba.
+"""Where compiled kernels are kept, what their key is made of, and their files. Imports no Numba.
 
-Owns: the folder and the digest of the kernel sources. Must not know how kernels are compiled.
+Owns: the folders, the digest of the kernel sources, reading and writing one kernel's machine code.
+Must not know how kernels are compiled.
+
+    root/                  the user's cache folder, or a temporary one where that cannot be written
+    root/KEY/NAME.code     a kernel: digest, symbol, object code
+    root/ready-...         a set of kernels is complete (edgert/compiling.py)
+
+A file appears under its name only when it is complete, and is believed only when its digest fits:
+processes that compile at once write the same, and a damaged file is compiled anew.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_root", "sources_digest"]
+__all__ = ["cache_root", "prune", "read_code", "sources_digest", "use_temporary_root", "writable",
+           "write_code"]  # fmt: skip
+
+KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
+KEPT_SECONDS = 86_400  # a younger one may be in use by another process
+KEY_LENGTH = 20  # hex digits
+_DIGEST_BYTES = 32
+_temporary: list[Path] = []  # the root that took the user's place in this process
 
 
 def cache_root() -> Path:
     """The folder of all caches: in `NUMBA_CACHE_DIR` where the user set it, else the user's."""
+    if _temporary:
+        return _temporary[0]
     given = os.environ.get("NUMBA_CACHE_DIR")
     root = Path(given) if given else Path(platformdirs.user_cache_dir("edgert", appauthor=False))
     return root / "kernels"
+
+
+def use_temporary_root() -> Path:
+    """Keep caches in a temporary folder from now on; it is deleted when this process ends."""
+    if not _temporary:
+        folder = tempfile.mkdtemp(prefix="edgert-kernels-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _temporary.append(Path(folder) / "kernels")
+        _temporary[0].mkdir()
+    return _temporary[0]
+
+
+def writable(folder: Path) -> bool:
+    """Make the folder if need be; True when files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def sources_digest(folder: Path | None = None) -> str:
@@ -27,3 +69,53 @@ def sources_digest(folder: Path | None = None) -> str:
     for path in sorted((folder or Path(__file__).parent).glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def read_code(path: Path) -> tuple[str, bytes] | None:
+    """(symbol, object code) of a kernel, or None when there is no sound file."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    content = data[_DIGEST_BYTES:]
+    symbol, found, code = content.partition(b"\n")
+    if not found or hashlib.sha256(content).digest() != data[:_DIGEST_BYTES]:
+        return None
+    return symbol.decode(), code
+
+
+def write_code(path: Path, symbol: str, code: bytes) -> None:
+    """Keep a kernel. Raises OSError when it cannot be written."""
+    content = symbol.encode() + b"\n" + code
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(name, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def prune(root: Path, keep: Path) -> None:
+    """Delete old caches but the newest, and what nothing needs any more: the size stays bounded.
+
+    Errors are ignored: another process may be doing the same.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        ages = {p: time.time() - p.stat().st_mtime for p in root.iterdir()}
+        folders = sorted((p for p in ages if _is_cache(p) and p != keep), key=ages.__getitem__)
+        for folder in folders[KEPT_FOLDERS - 1 :]:
+            if ages[folder] > KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        for path in root.glob("ready-*"):
+            if not Path(path.read_text()).is_dir():
+                path.unlink(missing_ok=True)
+        for path in root.rglob("*.part"):  # of a process that was killed while it wrote
+            if ages.get(path.parent, ages.get(path, 0.0)) > KEPT_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+def _is_cache(path: Path) -> bool:
+    return len(path.name) == KEY_LENGTH and path.is_dir()

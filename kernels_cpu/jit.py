@@ -1,39 +1,48 @@
-"""How kernels are compiled: the only place with JIT flags and the only one that knows the cache.
+"""How kernels are compiled: the only place with JIT flags.
 
-Machine code is kept in the user's cache folder under a key made of the text of all kernel sources,
-Numba's version and the CPU features, because Numba's own cache does not notice edits in imported
-modules. Each kernel has one signature and each folder one target, so two processes that compile
-at once write equal entries, and Numba replaces files atomically.
+Machine code is kept in the user's cache folder (cache.py) under a key made of the text of all
+kernel sources, Numba's version and the CPU features. Numba's own cache is not used: it does not
+notice edits in imported modules, cannot read a folder that it may not write to, and prepares the
+whole compiler before it loads the first function (0.1 s). A kernel's object code needs none of
+that: it is linked by LLVM alone.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import ctypes
 import hashlib
-import shutil
-import tempfile
+import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import llvmlite
+import llvmlite.binding as llvm
 import numba
+from numba.core.typing.ctypes_utils import to_ctypes
 
-from edgert.kernels_cpu.cache import cache_root, sources_digest
+from edgert.kernels_cpu.cache import (
+    KEY_LENGTH,
+    cache_root,
+    prune,
+    read_code,
+    sources_digest,
+    use_temporary_root,
+    writable,
+    write_code,
+)
 from edgert.kernels_cpu.isa import target_key
 
 __all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "inline", "kernel", "void"]
 
 JIT = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
-_KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
-_KEPT_SECONDS = 86_400  # a younger one may be in use by another process
-_COMPILING = threading.RLock()  # Numba's place for the cache is one setting for the process
+_LOCK = threading.RLock()  # one thread compiles or links at a time
 _F = TypeVar("_F", bound=Callable[..., Any])
 _TYPES = {"i": numba.types.int64, "f": numba.types.float32}
+_PACKAGE = Path(__file__).parent
 
 
 def cache_key(folder: Path | None = None) -> str:
@@ -41,55 +50,42 @@ def cache_key(folder: Path | None = None) -> str:
     digest = hashlib.sha256(sources_digest(folder).encode())
     for part in (numba.__version__, llvmlite.__version__, *target_key()):
         digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:20]
+    return digest.hexdigest()[:KEY_LENGTH]
 
 
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+_own_key = cache(cache_key)
 
 
-def _prune(root: Path, keep: Path) -> None:
-    """Delete old cache folders but the newest. Errors are ignored: another process may do it."""
-    with contextlib.suppress(OSError):
-        ages = {p: time.time() - p.stat().st_mtime for p in root.iterdir() if len(p.name) == 20}
-        oldest = sorted((p for p in ages if p != keep), key=ages.__getitem__)
-        for folder in oldest[_KEPT_FOLDERS - 1 :]:
-            if ages[folder] > _KEPT_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+def cache_folder() -> Path:
+    """Where this process looks for machine code and keeps it.
+
+    The root is `NUMBA_CACHE_DIR` where the user has set it, else the user's cache folder; a
+    temporary folder, deleted at exit, once something had to be written that could not be.
+    """
+    return cache_root() / _own_key()
 
 
 @cache
-def cache_folder() -> Path:
-    """Where machine code is kept; a temporary folder, deleted at exit, when not writable.
-
-    The root is `NUMBA_CACHE_DIR` where the user has set it, else the user's cache folder.
-    """
-    root = cache_root()
-    folder = root / cache_key()
-    existed = folder.is_dir()
-    if _writable(folder):
-        if not existed:
-            _prune(root, folder)
-        return folder
-    temporary = Path(tempfile.mkdtemp(prefix="edgert-kernels-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
+def _in_use(folder: Path) -> None:
+    """Note on disk that the folder is in use, so that it is not pruned as an old one."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
 
 
-@contextlib.contextmanager
-def _numba_cache() -> Iterator[None]:
-    """Point Numba at our folder while it picks a place for one function; others keep theirs."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_folder())
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
+@cache
+def _engine() -> Any:
+    """LLVM's linker and owner of machine code, for the life of the process."""
+    target_key()  # Numba prepares LLVM, and names the few functions of its own that kernels call
+    machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault")
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def _link(symbol: str, code: bytes) -> int:
+    """The address of `symbol` in object code, once that is in memory and executable."""
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return int(engine.get_function_address(symbol))
 
 
 def inline(function: _F) -> _F:
@@ -157,26 +153,70 @@ class Kernel:
         self.py_func = function
         self.name = function.__name__.strip("_").removesuffix("_kernel")
         self.signature = signature
-        self._compiled: Any = None
+        self._address = 0
+        self._call: Any = None
+        self._compiled: Any = None  # Numba's object, which owns the code it has just compiled
 
     def compile(self) -> Kernel:
         """Compile now, or load from the cache. Safe from several threads."""
-        if self._compiled is None:
-            with _COMPILING:
-                if self._compiled is None:
-                    with _numba_cache():
-                        compiled = numba.cfunc(self.signature, cache=True, **JIT)(self.py_func)
-                    self._compiled = compiled
+        if not self._address:
+            with _LOCK:
+                if not self._address:
+                    address = self._load() or self._compile()
+                    types = [to_ctypes(kind) for kind in self.signature.args]
+                    self._call = ctypes.CFUNCTYPE(None, *types)(address)
+                    self._address = address
         return self
+
+    def _file_name(self) -> str:
+        """The kernel's name, and for one that is not in this package a digest of its source."""
+        code = self.py_func.__code__
+        name = f"{self.py_func.__module__.removeprefix('edgert.kernels_cpu.')}.{code.co_name}"
+        source = Path(code.co_filename)
+        if source.parent == _PACKAGE:
+            return f"{name}.code"
+        digest = hashlib.sha256(f"{code.co_qualname} {code.co_firstlineno}".encode())
+        digest.update(source.read_bytes())
+        return f"{name}.{digest.hexdigest()[:KEY_LENGTH]}.code"
+
+    def _load(self) -> int:
+        """The address of the code in the cache, 0 when it is not there."""
+        try:
+            path = cache_folder() / self._file_name()
+        except OSError:
+            return 0  # made from no file
+        found = read_code(path)
+        if found is None:
+            return 0
+        _in_use(path.parent)
+        return _link(*found)
+
+    def _compile(self) -> int:
+        """Compile, keep the code, and give its address."""
+        self._compiled = numba.cfunc(self.signature, **JIT)(self.py_func)
+        _, _, (code, _) = self._compiled._library.serialize_using_object_code()
+        with contextlib.suppress(OSError):
+            name = self._file_name()
+            folder = cache_folder()
+            existed = folder.is_dir()
+            if not writable(folder):
+                use_temporary_root()
+                folder = cache_folder()
+                folder.mkdir(exist_ok=True)
+            elif not existed:
+                prune(folder.parent, folder)
+            write_code(folder / name, self._compiled.native_name, code)
+        return int(self._compiled.address)
 
     @property
     def address(self) -> int:
         """Address of the C function."""
-        return int(self.compile()._compiled.address)
+        self.compile()
+        return self._address
 
     def __call__(self, *args: float) -> None:
         """Run it. Addresses are not checked."""
-        self.compile()._compiled.ctypes(*args)
+        self.compile()._call(*args)
 
     def __repr__(self) -> str:
         return f"Kernel({self.name})"

@@ -18,7 +18,7 @@ import pytest
 
 import edgert as library
 from tests.command import STATS, argv, assert_error, edgert, environment, inside
-from tests.tiny import build
+from tests.tiny import TinyModel, build
 
 PROMPT = "the tin hen"
 HELP = """\
@@ -37,6 +37,7 @@ Commands:
   show    Show what is in a model file.
   bench   Measure prefill, decode and reading speed.
   stress  Run under real memory limits and compare.
+  doctor  Look at CPU, threads, memory, disk and cache.
   warmup  Compile the kernels ahead of the first run.
   logits  Save the logits of a list of tokens.
 
@@ -47,15 +48,25 @@ COMMANDS = re.findall(r"^  (\w+)  +[A-Z]", HELP.split("Commands:")[1], re.MULTIL
 
 @pytest.fixture(scope="module")
 def long_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context so long that an answer can be interrupted."""
-    return altered(tmp_path_factory.mktemp("long") / "long.gguf", context_length=16384)
+    """The tiny model with a context so long that an answer can be interrupted, and no end: the
+    logit of the token that would end a greedy text is 0, and the best of the others above it.
+    """
+    model = build("llama", "Q8_0")
+    fmt, shape, data = model.tensors["output.weight"]
+    row, end = fmt.row_bytes(shape[1]), model.metadata["tokenizer.ggml.eos_token_id"]
+    silent = data[: row * end] + bytes(row) + data[row * (end + 1) :]
+    tensors = model.tensors | {"output.weight": (fmt, shape, silent)}
+    path = tmp_path_factory.mktemp("long") / "long.gguf"
+    return altered(path, model=TinyModel(model.metadata, tensors), context_length=16384)
 
 
-def altered(path: Path, architecture: str = "llama", **keys: int) -> Path:
+def altered(
+    path: Path, architecture: str = "llama", model: TinyModel | None = None, **keys: int
+) -> Path:
     """The tiny model with other metadata."""
     from tests.gguf_file import write_gguf
 
-    model = build("llama", "Q8_0")
+    model = model or build("llama", "Q8_0")
     metadata = {**model.metadata, "general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": value for key, value in keys.items()}
     write_gguf(path, metadata, model.tensors)
@@ -343,21 +354,6 @@ def test_show(tiny_gguf: Path, tmp_path: Path) -> None:
     assert json.loads(inside("show", foreign, "--json").stdout)["architecture"] == "mamba"
 
 
-def test_bench(tiny_gguf: Path) -> None:
-    options = ("bench", tiny_gguf, "--prompt-tokens", 9, "--gen-tokens", 4, "--trials", 2)
-    found = json.loads(edgert(*options, "-b", "1GiB", "--json").stdout)
-    assert found["budget_bytes"] == 2**30 and found["model"] == tiny_gguf.name
-    assert (found["prompt_tokens"], found["gen_tokens"], found["trials"]) == (9, 4, 2)
-    for name in ("prefill_tok_s", "decode_tok_s", "resident_bytes", "peak_bytes", "threads"):
-        assert found[name] > 0, name
-    for name in ("read_bytes_per_token", "read_bytes_per_s", "device_bytes_per_s", "stall_share"):
-        assert found[name] >= 0, name
-    assert "predicted_decode_tok_s" in found
-    header, row = edgert(*options).stdout.splitlines()
-    assert header.startswith("model ") and row.startswith(tiny_gguf.name)
-    assert row.endswith(f"#{found['logits_hash'][:8]}")
-
-
 def test_logits(tiny_gguf: Path, tmp_path: Path) -> None:
     tokens, out = "1,5,9,40,41,42,43,44,45,46", tmp_path / "x.npy"
     run = edgert("logits", tiny_gguf, "--tokens", tokens, "--out", out)
@@ -374,4 +370,14 @@ def test_logits(tiny_gguf: Path, tmp_path: Path) -> None:
 def test_warmup(tiny_gguf: Path) -> None:
     run = edgert("warmup", tiny_gguf)
     assert (run.returncode, run.stdout) == (0, "")
-    assert re.fullmatch(r"\d+ kernels are ready\n", run.stderr)
+    assert re.fullmatch(
+        r"\d+ kernels are ready after [\d.]+ s\n|all kernels were ready\n", run.stderr
+    )
+    again = edgert("warmup", tiny_gguf)
+    assert (again.returncode, again.stderr) == (0, "all kernels were ready\n")
+
+
+def test_warmup_of_no_use(tiny_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = edgert("warmup", tiny_gguf, env={"NUMBA_CACHE_DIR": str(tmp_path / "file" / "x")})
+    assert_error(run, 1, "cannot be written", "NUMBA_CACHE_DIR")
