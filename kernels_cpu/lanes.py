@@ -36,7 +36,7 @@ __all__ = [
 TILE_ROWS = 16
 LANES = ISA.lanes
 PARTS = TILE_ROWS // LANES
-PREFETCH_BYTES = 4096  # a thread's rate times DRAM's latency; a burst of 20 lines at once is too many
+PREFETCH_BYTES = 4096  # about the rate of a thread times DRAM's latency; 10 KiB is worse for Q6_K
 _Emit = Callable[..., Any]  # (builder, value) -> value
 
 
@@ -111,7 +111,9 @@ def _codes(values: list[int]) -> Any:
         part = vec("i8", width).llvm
         look = declare(builder, name, part, [part, part])
         table = constant(part, (values * 4)[:width])
-        return join(builder, [builder.call(look, [table, n]) for n in split(builder, nibbles, width)])
+        return join(
+            builder, [builder.call(look, [table, n]) for n in split(builder, nibbles, width)]
+        )
 
     return _of_one(emit)
 

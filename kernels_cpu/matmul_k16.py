@@ -97,9 +97,7 @@ def _two_3(acc: Any, low: Any, high: Any, shift: Any) -> Any:
 
 
 @inline
-def _q2_k_sub(
-    unit: Any, w: Any, scales: Any, d: Any, dmin: Any, xs: Any, at: Any, acc: Any
-) -> Any:
+def _q2_k_sub(unit: Any, w: Any, scales: Any, d: Any, dmin: Any, xs: Any, at: Any, acc: Any) -> Any:
     both = unsigned_pairs(acc, scales)
     totals = _dot_32(unit, w, w, 0, pair_low_nibbles(both), xs, at, acc)
     acc = fma_totals(acc, totals, d, xs, at)

@@ -91,14 +91,12 @@ def _dot_fives(
     nibbles: Any, fifth: Any, w: Any, high: Any, shift: Any, xs: Any, at: Any, acc: Any
 ) -> Any:
     i, j = integers(acc), integers(acc)
-    for v in range(4):
-        q = vor(nibbles(weights(acc, w + 64 * v)), fifth(shifted(weights(acc, high + 64 * v), shift)))
-        i = mac_u8(i, q, xs, at + 4 * v)
-    w += 256
-    high += 256
-    for v in range(4):
-        q = vor(nibbles(weights(acc, w + 64 * v)), fifth(shifted(weights(acc, high + 64 * v), shift)))
-        j = mac_u8(j, q, xs, at + 16 + 4 * v)
+    for v in range(0, 256, 64):
+        q = vor(nibbles(weights(acc, w + v)), fifth(shifted(weights(acc, high + v), shift)))
+        i = mac_u8(i, q, xs, at + v // 16)
+    for v in range(256, 512, 64):
+        q = vor(nibbles(weights(acc, w + v)), fifth(shifted(weights(acc, high + v), shift)))
+        j = mac_u8(j, q, xs, at + v // 16)
     return add(total(i), total(j))
 
 

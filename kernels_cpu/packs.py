@@ -32,6 +32,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 from edgert.kernels_cpu import dots
@@ -51,9 +52,10 @@ from edgert.kernels_cpu.vectors import (
 
 __all__ = [
     "Pack", "accumulators", "add", "add_floats", "addresses", "bfloats", "bytes_as_float",
-    "constant_pairs", "dot_pairs", "exponents", "floats", "fma_pairs", "fma_sum", "fma_totals", "fma_values",
-    "halves", "integers", "mac_s8", "mac_u8", "pairs", "scaled_16", "signed_bytes_as_float",
-    "signed_totals", "step", "store_pack", "total", "unsigned_pairs", "weights",
+    "constant_pairs", "dot_pairs", "exponents", "floats", "fma_pairs", "fma_sum", "fma_totals",
+    "fma_values", "halves", "integers", "mac_s8", "mac_u8", "pairs", "scaled_16",
+    "signed_bytes_as_float", "signed_totals", "step", "store_pack", "total", "unsigned_pairs",
+    "weights",
 ]  # fmt: skip
 
 _SCALE, _SUMS = 32, 36  # offsets in a block of activations
@@ -211,9 +213,7 @@ def _dot_pairs(b: Any, kind: Pack, totals: Any, pairs: Any, xs: Any, offset: Any
     return _each(b, one, totals, xs)
 
 
-accumulators = _operation(
-    1, lambda xs: Pack(vec("f32", 16 if xs.n == 1 else LANES), xs.n), _zeros
-)
+accumulators = _operation(1, lambda xs: Pack(vec("f32", 16 if xs.n == 1 else LANES), xs.n), _zeros)
 integers = _operation(1, lambda acc: Pack(dots.partial(_rows(acc)), acc.n), _zeros)
 mac_u8 = _operation(4, lambda sums, w, xs, offset: sums, _mac(dots.mac_u8))
 mac_s8 = _operation(4, lambda totals, w, xs, offset: totals, _mac(dots.mac_s8))
@@ -289,13 +289,7 @@ def _loader(source: str, each: int, how: tuple[str, ...], target: str) -> Any:
 
 
 def _load_halves(b: Any, kind: Vec, acc: Any, address: Any) -> Any:
-    return half_to_float(_target(), b, load(b, address, vec("i16", kind.n).llvm))
-
-
-def _target() -> Any:
-    from numba.core.registry import cpu_target
-
-    return cpu_target.target_context
+    return half_to_float(cpu_target.target_context, b, load(b, address, vec("i16", kind.n).llvm))
 
 
 def _load_shifted(source: str, shift: int) -> _Emit:
