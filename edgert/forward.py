@@ -90,12 +90,11 @@ class Forward:
 
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
-        count = 0
-        for have, want in zip(self._cached, tokens[:-1], strict=False):
-            if have != want:
-                break
-            count += 1
-        return count
+        cached, most = self._cached, len(tokens) - 1
+        if len(cached) <= most and cached == tokens[: len(cached)]:
+            return len(cached)  # as for every token of an answer; a loop over 8000 takes 0.3 ms
+        pairs = enumerate(zip(cached, tokens[:most], strict=False))
+        return next((i for i, (have, want) in pairs if have != want), min(len(cached), most))
 
     def evaluate(
         self,
@@ -111,13 +110,13 @@ class Forward:
         Raises `ContextError`, `InputError` for a token outside the vocabulary, `StorageError` when
         a read failed, `CancelledError` after `cancel`.
         """
-        self._check(tokens, vocabulary)
         with self.lock:
             if self._closed:
                 raise EdgertError("the engine is closed; load the model again")
+            start = 0 if every else self.reused(tokens)
+            self._check(tokens, start, vocabulary)
             self._ticket = ticket
             self._team.arm()
-            start = 0 if every else self.reused(tokens)
             del self._cached[start:]
             chunk = min(self._plan.prefill_tokens, self._plan.logit_rows if every else 2**31)
             out = np.empty((len(tokens) if every else 1, vocabulary), np.float32)
@@ -134,12 +133,13 @@ class Forward:
                     progress(start, len(tokens))
             return out
 
-    def _check(self, tokens: Sequence[int], vocabulary: int) -> None:
+    def _check(self, tokens: Sequence[int], start: int, vocabulary: int) -> None:
+        """Refuse what cannot be computed; the tokens before `start` were checked before."""
         if not tokens:
             raise InputError("there is no token to compute; give a prompt")
         if len(tokens) > self._plan.context_length:
             raise ContextError(len(tokens), self._plan.context_length)
-        for token in tokens:
+        for token in tokens[start:]:
             if not 0 <= token < vocabulary:
                 raise InputError(f"token {token} is outside the vocabulary of {vocabulary:,}")
 

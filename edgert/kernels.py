@@ -15,7 +15,7 @@ from edgert.kernels_cpu.attention import attention_kernel
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.matmul import matmul_kernel
 from edgert.kernels_cpu.repack import repack_blocks
-from edgert.kernels_cpu.team import run_program
+from edgert.kernels_cpu.team import begin_walk_kernel, serve_kernel
 from edgert.quant.formats import BY_NAME
 
 __all__ = ["compile_here", "kernels_of"]
@@ -25,7 +25,7 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
     """Every kernel of the set, in a fixed order."""
     kv = wanted.kv_cache_type
     found = [
-        run_program, elementwise.rmsnorm_kernel, elementwise.swiglu_kernel,
+        serve_kernel, begin_walk_kernel, elementwise.rmsnorm_kernel, elementwise.swiglu_kernel,
         elementwise.quantize_kernel, rope.rope_and_store_kernel(kv), attention_kernel(kv),
         repack_blocks,
     ]  # fmt: skip

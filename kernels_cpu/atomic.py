@@ -3,8 +3,8 @@
 Owns: Numba intrinsics over LLVM atomics and a few C library calls, so that a thread team can run a
 whole token without entering Python. Must not know what is computed.
 
-The calls are resolved by name when code is linked: `sched_yield`, `usleep`, `clock_gettime` and
-`write` are in every POSIX C library; on Windows `register_symbols` provides their counterparts.
+The calls are resolved by name when code is linked: `sched_yield`, `usleep`, `clock_gettime`, `read`
+and `write` are in every POSIX C library; on Windows `register_symbols` provides their counterparts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 __all__ = [
     "arg",
     "atomic_add",
+    "await_notice",
     "call_matmul",
     "call_op",
     "load_acquire",
@@ -63,6 +64,7 @@ def register_symbols() -> None:
         ("edgert_sleep_ms", kernel32.Sleep),
         ("edgert_yield", kernel32.SwitchToThread),
         ("edgert_counter", kernel32.QueryPerformanceCounter),
+        ("edgert_read", runtime._read),
         ("edgert_write", runtime._write),
     ):
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
@@ -193,6 +195,13 @@ def now_ns(typingctx):  # type: ignore[no-untyped-def]
     return types.int64(), codegen
 
 
+def _transfer(builder: Any, name: str, fd: Any, cell: Any) -> None:
+    """Call the C library's `read` or `write` for 8 bytes at `cell`."""
+    name, size = (f"edgert_{name}", _I32) if _WINDOWS else (name, _I64)
+    function = _declare(builder, name, size, [_I32, _I64.as_pointer(), size])
+    builder.call(function, [builder.trunc(fd, _I32), cell, ir.Constant(size, 8)])
+
+
 @intrinsic
 def notify(typingctx, fd, value):  # type: ignore[no-untyped-def]
     """Write the 8 bytes of `value` to the pipe `fd`: wakes whoever reads it."""
@@ -200,12 +209,21 @@ def notify(typingctx, fd, value):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         cell = cgutils.alloca_once(builder, _I64)
         builder.store(args[1], cell)
-        name, size = ("edgert_write", _I32) if _WINDOWS else ("write", _I64)
-        function = _declare(builder, name, size, [_I32, _I64.as_pointer(), size])
-        builder.call(function, [builder.trunc(args[0], _I32), cell, ir.Constant(size, 8)])
+        _transfer(builder, "write", args[0], cell)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def await_notice(typingctx, fd):  # type: ignore[no-untyped-def]
+    """Sleep until `notify` has written to the pipe `fd`; may also return for no reason."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _transfer(builder, "read", args[0], cgutils.alloca_once(builder, _I64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 _OP_TYPE = ir.FunctionType(ir.VoidType(), [_I64] * 5)

@@ -2,11 +2,12 @@
 
     out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p]) * v[p],   p = 0 .. position of token t
 
-The softmax is online: blocks of 64 positions, at absolute multiples of 64, in order; each moves the
-running maximum, rescales what was summed and adds its positions in order. A query's arithmetic is
-fixed by its position alone: not by the chunk it arrives in, the queries it shares loads with, or
-the thread. Positions after the query's own are never used (their scores are replaced before the
-maximum, their values not read): a cache may hold anything where nothing was written.
+Queries are scaled once, with log2(e), so that weights are powers of two. The softmax is online:
+blocks of 64 positions, at absolute multiples of 64, in order; each moves the running maximum,
+rescales what was summed and adds its positions in order. A query's arithmetic is fixed by its
+position alone: not by the chunk it arrives in, the queries it shares loads with, or the thread.
+Positions after the query's own are never used (their scores are replaced before the maximum, their
+values not read): a cache may hold anything where nothing was written.
 
 Owns: reference, checks, kernels for f16 and f32 caches. Must not know: rotary embedding, threads.
 """
@@ -37,8 +38,9 @@ from edgert.kernels_cpu.simd import (
     st_f32,
     st_f32x16,
     vdiv,
+    vmul,
 )
-from edgert.kernels_cpu.vmath import exp_ref, fma_ref, lane_sum_ref
+from edgert.kernels_cpu.vmath import LOG2E, exp2_ref, fma_ref, lane_sum_ref
 from edgert.units import align_up
 
 __all__ = [
@@ -91,7 +93,7 @@ def attention_op(
     """
     return [
         q, q_stride, out, out_stride, keys, values, n_heads, layout.num_key_value_heads,
-        layout.head_dim, layout.rounded_context, abi.float_bits(scale), scratch, scratch_stride,
+        layout.head_dim, layout.rounded_context, abi.float_bits(scale * LOG2E), scratch, scratch_stride,
         layout.value_width, query_bytes(layout.value_width),
     ]  # fmt: skip
 
@@ -105,6 +107,7 @@ def attention_ref(q: _F32, keys: _KV, values: _KV, position: int, scale: float) 
     T, n_heads, D = q.shape
     shared = n_heads // keys.shape[0]  # query heads of one KV head
     at = position + np.arange(T)
+    q = q * np.float32(scale * LOG2E)
     top = np.full((T, n_heads), -np.inf, np.float32)
     weights = np.zeros((T, n_heads, LANES), np.float32)
     total = np.zeros((T, n_heads, values.shape[2]), np.float32)
@@ -118,12 +121,12 @@ def attention_ref(q: _F32, keys: _KV, values: _KV, position: int, scale: float) 
         for d in range(D):
             score = fma_ref(q[rows, :, d, None], k[None, :, d, :], score)
         with np.errstate(all="ignore"):  # what was never written may be anything
-            score = np.where(seen[:, None, :], score * np.float32(scale), np.float32(-np.inf))
+            score = np.where(seen[:, None, :], score, np.float32(-np.inf))
         new_top = np.maximum(top[rows], score.max(axis=2))
-        correction = exp_ref(top[rows] - new_top)
-        p = exp_ref(score - new_top[..., None])
+        correction = exp2_ref(top[rows] - new_top)
+        p = exp2_ref(score - new_top[..., None])
         a, b, c, d4 = np.split(p, 4, axis=2)
-        weights[rows] = fma_ref(weights[rows], correction[..., None], (a + b) + (c + d4))
+        weights[rows] = weights[rows] * correction[..., None] + ((a + b) + (c + d4))
         block_total = total[rows] * correction[..., None]
         for j in range(BLOCK):
             with np.errstate(all="ignore"):
@@ -176,16 +179,21 @@ def attention(q: _F32, keys: _KV, values: _KV, position: int, scale: float) -> _
 
 @inline
 def _load_queries(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
-    """Copy the queries of `n_tokens` tokens and the heads of one KV head into scratch."""
+    """Copy the queries of `n_tokens` tokens and the heads of one KV head, scaled, into scratch."""
     D = ld_i64(op + _HEAD_DIM)
+    scale = ld_f32(op + _SCALE)
     width = ld_i64(op + _WIDTH)
     each = ld_i64(op + _QUERY_BYTES)
     for t in range(n_tokens):
         row = ld_i64(op + _Q) + (t0 + t) * ld_i64(op + _Q_STRIDE) + 4 * D * kv * shared
         for head in range(shared):
             q = scratch + (t * shared + head) * each
-            for d in range(D):
-                st_f32(q + 4 * d, ld_f32(row + 4 * (head * D + d)))
+            x = row + 4 * head * D
+            whole = D // LANES * LANES
+            for i in range(0, 4 * whole, VECTOR):
+                st_f32x16(q + i, vmul(ld_f32x16(x + i), splat_f32x16(scale)))
+            for i in range(4 * whole, 4 * D, 4):
+                st_f32(q + i, ld_f32(x + i) * scale)
             reset_query(q, width)
 
 
@@ -199,13 +207,14 @@ def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratc
         row = ld_i64(op + _OUT) + (t0 + t) * ld_i64(op + _OUT_STRIDE) + 4 * D * kv * shared
         for head in range(shared):
             total = scratch + (t * shared + head) * each + 4 * width
-            weights = ld_f32x16(total + 4 * width + SCORES + 2 * VECTOR)
-            divisor = splat_f32x16(reduce_add(weights))
-            for i in range(0, 4 * width, VECTOR):
-                st_f32x16(total + i, vdiv(ld_f32x16(total + i), divisor))
-            # Not by vectors: the end of a narrow head is the start of another thread's.
-            for d in range(D):
-                st_f32(row + 4 * (head * D + d), ld_f32(total + 4 * d))
+            divisor = reduce_add(ld_f32x16(total + 4 * width + SCORES + VECTOR))
+            out = row + 4 * head * D
+            whole = D // LANES * LANES
+            for i in range(0, 4 * whole, VECTOR):
+                st_f32x16(out + i, vdiv(ld_f32x16(total + i), splat_f32x16(divisor)))
+            # Not by vectors: what follows a narrow head is another thread's.
+            for i in range(4 * whole, 4 * D, 4):
+                st_f32(out + i, ld_f32(total + i) / divisor)
 
 
 @inline
@@ -213,7 +222,6 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
     n_kv = ld_i64(op + _N_KV)
     D = ld_i64(op + _HEAD_DIM)
     context = ld_i64(op + _CONTEXT)
-    scale = ld_f32(op + _SCALE)
     scratch = ld_i64(op + _SCRATCH) + tid * ld_i64(op + _SCRATCH_STRIDE)
     shared = ld_i64(op + _N_HEADS) // n_kv
     tokens = ld_i64(frame + N_TOKENS)
@@ -233,20 +241,11 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
         _load_queries(op, t0, T, kv, shared, scratch)
         for block in range((position + T - 1) // BLOCK + 1):
             first = block * BLOCK
-            # A block that all tokens of the tile see whole is walked once for all of them; the
-            # last blocks of a sequence token by token, each to its own position.
-            whole = first + BLOCK <= position + 1
-            groups = 1 if whole else T
-            for t in range(groups):
-                seen = min(BLOCK, position + t + 1 - first)
-                if seen > 0:
-                    attend_block(
-                        scratch + t * shared * each,
-                        T * shared if whole else shared,
-                        keys + first * D * size,
-                        values + first * width * size,
-                        D, width, each, scale, seen, half,
-                    )  # fmt: skip
+            t = max(first - position, 0)  # the first token that sees the block
+            attend_block(
+                scratch + t * shared * each, T - t, shared, keys + first * D * size,
+                values + first * width * size, D, width, each, position + t + 1 - first, half,
+            )  # fmt: skip
         _store_outputs(op, t0, T, kv, shared, scratch)
 
 

@@ -217,7 +217,7 @@ def run_experts(
     """
     n_experts = arg(op, rows.E_N_EXPERTS)
     cells = counters + arg(op, rows.COUNTER)
-    left_at = control + rows.C_ROUTED * rows.CELL
+    left_at = control + rows.C_LEFT * rows.CELL
     while True:
         if tid == 0:
             begin = now_ns()

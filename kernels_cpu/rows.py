@@ -8,7 +8,7 @@ A program is an int64 array [n_ops, OP_FIELDS]. Fields 0-7 are the team's, the r
 
 from __future__ import annotations
 
-__all__ = ["CELL", "CONTROL_CELLS", "FRAME_FIELDS", "OP_FIELDS", "STREAM_FIELDS"]
+__all__ = ["CELL", "CONTROL_CELLS", "FRAME_FIELDS", "OP_FIELDS", "ORDER_FIELDS", "STREAM_FIELDS"]
 
 CELL = 64  # bytes between two counters: one cache line each
 OP_FIELDS = 64
@@ -40,9 +40,16 @@ G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
 F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS = range(5)
 FRAME_FIELDS = 16
 
-# Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights.
-C_COUNT, C_GENERATION, C_STOP, C_STALL_NS, C_ROUTED = range(5)
-CONTROL_CELLS = 8
+# Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights, groups
+# of experts left; then walks ordered and ended, threads asleep and threads through with a walk.
+(
+    C_COUNT, C_GENERATION, C_STOP, C_STALL_NS, C_LEFT, C_ORDERED, C_ENDED, C_ASLEEP, C_THROUGH,
+) = range(9)  # fmt: skip
+CONTROL_CELLS = 9
+
+# The order of a walk: addresses, and the number of rows (negative: the threads return).
+O_FRAME, O_ROWS, O_N_ROWS, O_COUNTERS, O_STREAMS = range(5)
+ORDER_FIELDS = 8
 
 # Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer.
 (

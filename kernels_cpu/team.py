@@ -1,4 +1,4 @@
-"""The thread team's walk: N threads run one list of operations, each inside one compiled call.
+"""The thread team's walk: N threads run one list of operations after another in compiled code.
 
 Owns: handing out units, waiting for streamed weights and giving their slots back. Must not know
 what the kernels compute, nor Python objects: everything here is an address or a number.
@@ -13,12 +13,22 @@ to the reader threads through a pipe.
 from __future__ import annotations
 
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.atomic import arg, atomic_add, call_matmul, call_op, load_int, notify
+from edgert.kernels_cpu.atomic import (
+    arg,
+    atomic_add,
+    call_matmul,
+    call_op,
+    load_acquire,
+    load_int,
+    notify,
+    store_int,
+    store_release,
+)
 from edgert.kernels_cpu.experts import group_pairs, run_experts
 from edgert.kernels_cpu.jit import inline, kernel, void
-from edgert.kernels_cpu.waiting import await_value, barrier, stopped
+from edgert.kernels_cpu.waiting import await_order, await_value, barrier, stopped
 
-__all__ = ["run_program"]
+__all__ = ["begin_walk_kernel", "serve_kernel"]
 
 
 @inline
@@ -83,8 +93,8 @@ def run_matmul(
             notify(arg(streams, rows.S_FREE_FD), slot)
 
 
-@kernel(void("iiiiiiii"))
-def run_program(
+@inline
+def walk(
     tid: int, threads: int, control: int, frame: int, ops: int, n_ops: int, counters: int,
     streams: int,
 ) -> None:  # fmt: skip
@@ -109,3 +119,38 @@ def run_program(
             return
         if arg(op, rows.FLAGS) & rows.BARRIER and not barrier(control, streams, threads):
             return
+
+
+@kernel(void("iiiiii"))
+def serve_kernel(
+    tid: int, threads: int, control: int, order: int, order_fd: int, ended_fd: int
+) -> None:
+    """The life of thread `tid`: walk program after program until told to return.
+
+    `order` is the address of int64[ORDER_FIELDS]. The last thread through with a walk counts it in
+    `C_ENDED` and writes to `ended_fd`: nothing in between enters Python.
+    """
+    number = 0
+    through_at = control + rows.C_THROUGH * rows.CELL
+    while True:
+        number += 1
+        await_order(control, number, order_fd)
+        n_ops = arg(order, rows.O_N_ROWS)
+        if n_ops < 0:
+            return
+        walk(
+            tid, threads, control, arg(order, rows.O_FRAME), arg(order, rows.O_ROWS), n_ops,
+            arg(order, rows.O_COUNTERS), arg(order, rows.O_STREAMS),
+        )  # fmt: skip
+        if atomic_add(through_at, 1) == threads - 1:
+            store_int(through_at, 0)
+            store_release(control + rows.C_ENDED * rows.CELL, number)
+            notify(ended_fd, number)
+
+
+@kernel(void("ii"))
+def begin_walk_kernel(control: int, order_fd: int) -> None:
+    """Let the threads walk what the order says, waking those asleep."""
+    atomic_add(control + rows.C_ORDERED * rows.CELL, 1)
+    for _ in range(load_acquire(control + rows.C_ASLEEP * rows.CELL)):
+        notify(order_fd, 0)

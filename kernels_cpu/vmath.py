@@ -2,7 +2,11 @@
 
     exp(x) = 2**n * (1 + r + r**2 * q(r)),  n = round(x / ln 2),  r = x - n * ln 2 in two parts
 
-`q` has five coefficients, fitted for the smallest relative error on |r| <= ln 2 / 2 (3e-9).
+`q` has five coefficients, fitted for the smallest relative error on |r| <= ln 2 / 2 (3e-9). The
+softmax of attention takes powers of two, at half the operations:
+
+    2**x = 2**n * (1 + r * q(r)),  n = round(x),  r = x - n,  x <= 0
+
 Every step is one IEEE operation (explicit fused multiply-adds, no fast-math), so the NumPy twins
 agree with compiled code to the bit, on every CPU and whatever LLVM makes of 16 lanes.
 
@@ -31,10 +35,15 @@ from edgert.kernels_cpu.simd import (
     vsub,
 )
 
-__all__ = ["EXP_MAX_ULP", "LANES", "exp16", "exp_ref", "fma_ref", "lane_sum_ref"]
+__all__ = [
+    "EXP2_MAX_ULP", "EXP_MAX_ULP", "LANES", "LOG2E", "exp16", "exp2_16", "exp2_ref", "exp_ref",
+    "fma_ref", "lane_sum_ref",
+]  # fmt: skip
 
 LANES = 16
 EXP_MAX_ULP = 1.0  # largest error found against float64: 0.87 units in the last place
+EXP2_MAX_ULP = 1.0  # 0.93
+LOG2E = np.log2(np.e)  # in float64: folded into other factors before they become float32
 
 _F32 = npt.NDArray[np.float32]
 
@@ -49,6 +58,14 @@ _Q1 = np.float32(float.fromhex("0x1.555492p-3"))
 _Q2 = np.float32(float.fromhex("0x1.5558f2p-5"))
 _Q3 = np.float32(float.fromhex("0x1.123a20p-7"))
 _Q4 = np.float32(float.fromhex("0x1.6a23cep-10"))
+_BIASED = np.float32(12583039.0)  # 1.5 * 2**23 + 127: the low bits become a biased exponent
+_SMALLEST = np.float32(-126.0)  # 2**x stays 2**-126 below: nothing beside a weight of 1
+_C1 = np.float32(float.fromhex("0x1.62e430p-1"))
+_C2 = np.float32(float.fromhex("0x1.ebfbdcp-3"))
+_C3 = np.float32(float.fromhex("0x1.c6aee8p-5"))
+_C4 = np.float32(float.fromhex("0x1.3b2d4cp-7"))
+_C5 = np.float32(float.fromhex("0x1.5f3e54p-10"))
+_C6 = np.float32(float.fromhex("0x1.41fbbap-13"))
 
 
 def fma_ref(a: Any, b: Any, c: Any) -> _F32:
@@ -87,6 +104,19 @@ def exp_ref(x: Any) -> _F32:
         return p * _power_of_two_ref(half) * _power_of_two_ref(n - half)
 
 
+def exp2_ref(x: Any) -> _F32:
+    """2**x of a float32 array of x <= 0, equal to the bit to `exp2_16`; 2**-126 below -126."""
+    x = np.asarray(x, np.float32)
+    with np.errstate(all="ignore"):
+        x = np.where(x < _SMALLEST, _SMALLEST, x)
+        shifted = x + _BIASED
+        r = x - (shifted - _BIASED)
+        p = fma_ref(_C6, r, _C5)
+        for coefficient in (_C4, _C3, _C2, _C1, np.float32(1)):
+            p = fma_ref(p, r, coefficient)
+        return np.asarray(p * (shifted.view(np.int32) << np.int32(23)).view(np.float32), np.float32)
+
+
 def lane_sum_ref(v: _F32) -> _F32:
     """Sum over the last axis (16 lanes) in the fixed tree: halves, quarters, pairs."""
     for width in (8, 4, 2, 1):
@@ -102,6 +132,9 @@ _lowest, _highest = const_of(_F, [float(_LOWEST)]), const_of(_F, [float(_HIGHEST
 _q0, _q1 = const_of(_F, [float(_Q0)]), const_of(_F, [float(_Q1)])
 _q2, _q3 = const_of(_F, [float(_Q2)]), const_of(_F, [float(_Q3)])
 _q4, _one = const_of(_F, [float(_Q4)]), const_of(_F, [1.0])
+_biased, _smallest = const_of(_F, [float(_BIASED)]), const_of(_F, [float(_SMALLEST)])
+_c1, _c2, _c3 = (const_of(_F, [float(c)]) for c in (_C1, _C2, _C3))
+_c4, _c5, _c6 = (const_of(_F, [float(c)]) for c in (_C4, _C5, _C6))
 _bias = const_of(_I, [127])
 _as_int, _as_float = bitcast_to(_F, _I), bitcast_to(_I, _F)
 _halve, _to_exponent = shift_of("ashr", _I, 1), shift_of("shl", _I, 23)
@@ -123,6 +156,17 @@ def exp16(x: F32x16) -> F32x16:
     first = _as_float(_to_exponent(vadd(half, _bias())))
     second = _as_float(_to_exponent(vadd(vsub(n, half), _bias())))
     return vmul(vmul(p, first), second)
+
+
+@inline
+def exp2_16(x: F32x16) -> F32x16:
+    """2**x of 16 lanes of x <= 0: 2**-126 below -126, exactly 1 for 0, NaN for NaN."""
+    x = select_gt(_smallest(), x, _smallest(), x)
+    shifted = vadd(x, _biased())
+    r = vsub(x, vsub(shifted, _biased()))
+    p = fma(fma(fma(fma(_c6(), r, _c5()), r, _c4()), r, _c3()), r, _c2())
+    p = fma(fma(p, r, _c1()), r, _one())
+    return vmul(p, _as_float(_to_exponent(_as_int(shifted))))
 
 
 def _power_of_two_ref(n: npt.NDArray[np.int32]) -> _F32:

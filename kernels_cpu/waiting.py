@@ -1,6 +1,7 @@
 """How the threads of a team wait: for each other, for weights, and not at all once stopped.
 
-Owns: the barrier, the wait for a value, the stop check. Must not know what is waited for.
+Owns: the barrier, the waits for a value and for an order, the stop check. Must not know what is
+waited for.
 
 Spin 200 pauses, then yield, then sleep: a pure spin costs a scheduler quantum (4 ms) per op as soon
 as another program takes a core (862 ms a token in llama.cpp, 27 ms this way with one busy core).
@@ -11,6 +12,7 @@ from __future__ import annotations
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.atomic import (
     atomic_add,
+    await_notice,
     load_acquire,
     load_int,
     now_ns,
@@ -22,11 +24,12 @@ from edgert.kernels_cpu.atomic import (
 )
 from edgert.kernels_cpu.jit import inline
 
-__all__ = ["await_value", "barrier", "relax", "stopped"]
+__all__ = ["await_order", "await_value", "barrier", "relax", "stopped"]
 
 SPIN = 200  # pauses before yielding
 YIELDS = 64  # yields before sleeping
 NAP_US = 50  # the timer slack of Linux: asking for less is not shorter
+LINGER_NS = 500_000  # how long an idle thread yields before it sleeps: Python between two tokens
 
 
 @inline
@@ -89,3 +92,27 @@ def await_value(address: int, value: int, tid: int, control: int, streams: int) 
         cell = control + rows.C_STALL_NS * rows.CELL
         store_int(cell, load_int(cell) + now_ns() - begin)
     return True
+
+
+@inline
+def await_order(control: int, number: int, fd: int) -> None:
+    """Wait until walk `number` is ordered: yield for a while, then sleep on the pipe `fd`.
+
+    Asleep it costs nothing. Whoever orders wakes as many as `C_ASLEEP` says; a message too many
+    only makes a later sleeper look once more.
+    """
+    ordered_at = control + rows.C_ORDERED * rows.CELL
+    asleep_at = control + rows.C_ASLEEP * rows.CELL
+    end = now_ns() + LINGER_NS
+    spins = 0
+    while load_acquire(ordered_at) < number:
+        if spins < SPIN:
+            pause()
+        elif now_ns() < end:
+            yield_cpu()
+        else:
+            atomic_add(asleep_at, 1)
+            if load_acquire(ordered_at) < number:
+                await_notice(fd)
+            atomic_add(asleep_at, -1)
+        spins += 1

@@ -40,7 +40,7 @@ from edgert.kernels_cpu.moe import (
     moe_route,
     moe_route_ref,
 )
-from edgert.kernels_cpu.vmath import EXP_MAX_ULP, exp_ref, fma_ref
+from edgert.kernels_cpu.vmath import EXP2_MAX_ULP, EXP_MAX_ULP, exp2_ref, exp_ref, fma_ref
 
 RELATIVE_TOLERANCE = 1e-6  # to float64 arithmetic on the same inputs; measured 3e-7
 WIDTHS = [1, 8, 63, 64, 65, 100, 288, 1024, 1040, 2080, 4096]
@@ -82,6 +82,16 @@ def test_exp_is_within_its_stated_error() -> None:
     exact = np.exp(x.astype(np.float64))
     ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
     assert (np.abs(exp_ref(x) - exact) / ulp).max() < EXP_MAX_ULP
+
+
+def test_exp2_is_within_its_stated_error_and_exact_where_it_must_be() -> None:
+    x = np.random.default_rng(0).uniform(-125, 0, 400_000).astype(np.float32)
+    exact = np.exp2(x.astype(np.float64))
+    ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
+    assert (np.abs(exp2_ref(x) - exact) / ulp).max() < EXP2_MAX_ULP
+    ends = np.array([0, -0.0, -1, -126, -127, -np.inf, np.nan], np.float32)
+    expected = np.array([1, 1, 0.5, 2.0**-126, 2.0**-126, 2.0**-126, np.nan], np.float32)
+    assert np.array_equal(exp2_ref(ends), expected, equal_nan=True)
 
 
 def test_exp_at_the_ends() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -214,14 +215,22 @@ def test_pairs_are_grouped_by_expert(
             os.read(pipe[0], 64)
 
 
-def test_an_error_of_a_member_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    team = ThreadTeam(2)
-
-    def fail(*job: int) -> None:
-        raise OSError("a broken call")
-
-    monkeypatch.setattr("edgert.threads.run_program", fail)
-    with pytest.raises(OSError, match="a broken call"):
-        team.run(streamed_program(np.ones(1, np.int64))[0])
+def test_threads_that_sleep_are_woken_and_leave_no_messages() -> None:
+    """Walks with a pause long enough to fall asleep, more often than a pipe has room for."""
+    before = threading.active_count()
+    team = ThreadTeam(3)
+    cells, early = np.zeros(6, np.int64), np.zeros(1, np.int64)
+    builder = ProgramBuilder()
+    builder.call(_count_kernel, [address_of(cells), 0, 0, address_of(early)], 6, chunk=1)
+    program = builder.finish()
+    team.frame[FRAME_N_TOKENS] = 1
+    for turn in range(1, 9001):
+        if turn % 1500 == 0:
+            while team.cell(rows.C_ASLEEP)[0] < 3:
+                time.sleep(0.001)
+        team.run(program)
+        assert (cells == turn).all()
+    assert int(team.cell(rows.C_ENDED)[0]) == 9000
     team.close()
     team.close()
+    assert threading.active_count() == before
