@@ -17,6 +17,7 @@ from typing import Any
 
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import LANES, field, high_nibbles, low_nibbles, mixed, prefetch_lines
+from edgert.kernels_cpu.lut import AVAILABLE, lookup_drive
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive, up_to_most
 from edgert.kernels_cpu.packs import (
     accumulators,
@@ -29,6 +30,7 @@ from edgert.kernels_cpu.packs import (
     total,
     weights,
 )
+from edgert.kernels_cpu.simd import ld_i64
 
 __all__ = ["KERNELS"]
 
@@ -39,6 +41,7 @@ _low_three, _high_three = field(0, 7), field(4, 7)
 # Two-bit numbers from one unit, their third bits from the other: two of them in each byte.
 _three_0, _three_1 = mixed(0x33, 0, -2), mixed(0x33, 0, -1)
 _three_2, _three_3 = mixed(0x33, 2, 0), mixed(0x33, 2, 1)
+_LEAST_TILES = 8  # below, making the tables costs more than they save
 _prefetch_1, _prefetch_2 = prefetch_lines(1), prefetch_lines(2)
 _prefetch_3, _prefetch_4 = prefetch_lines(3), prefetch_lines(4)
 
@@ -236,6 +239,36 @@ def _matmul_p4_128_kernel(
         tile_start, tile_stop, n, xi, yi, mode, bias,
     )  # fmt: skip
 
+@kernel(MATMUL)
+def _matmul_p1_32_lookup_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    if n == 1 and tile_stop - tile_start >= _LEAST_TILES:
+        x_0, y_0 = x + ld_i64(xi) * x_stride, y + ld_i64(yi) * y_stride
+        lookup_drive(1, w, x_0, y_0, K, tile_start, tile_stop, mode, bias)
+    else:
+        drive(
+            up_to_most, _p1_32, K // 32 * 128, w, x, x_stride, y, y_stride, K,
+            tile_start, tile_stop, n, xi, yi, mode, bias,
+        )  # fmt: skip
+
+
+@kernel(MATMUL)
+def _matmul_p1_128_lookup_kernel(
+    w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
+    tile_stop: int, n: int, xi: int, yi: int, mode: int, bias: int,
+) -> None:  # fmt: skip
+    if n == 1 and tile_stop - tile_start >= _LEAST_TILES:
+        x_0, y_0 = x + ld_i64(xi) * x_stride, y + ld_i64(yi) * y_stride
+        lookup_drive(4, w, x_0, y_0, K, tile_start, tile_stop, mode, bias)
+    else:
+        drive(
+            up_to_most, _p1_128, K // 128 * 320, w, x, x_stride, y, y_stride, K,
+            tile_start, tile_stop, n, xi, yi, mode, bias,
+        )  # fmt: skip
+
+
 
 KERNELS: dict[str, Kernel] = {
     "P1_32": _matmul_p1_32_kernel,
@@ -247,3 +280,9 @@ KERNELS: dict[str, Kernel] = {
     "P4_32": _matmul_p4_32_kernel,
     "P4_128": _matmul_p4_128_kernel,
 }
+LOOKUP: dict[str, Kernel] = {
+    "P1_32": _matmul_p1_32_lookup_kernel,
+    "P1_128": _matmul_p1_128_lookup_kernel,
+}
+if AVAILABLE:
+    KERNELS |= LOOKUP
