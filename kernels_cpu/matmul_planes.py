@@ -32,7 +32,7 @@ from edgert.kernels_cpu.packs import (
 )
 from edgert.kernels_cpu.simd import ld_i64
 
-__all__ = ["KERNELS"]
+__all__ = ["DIRECT", "KERNELS", "LOOKUP"]
 
 _bit_0, _bit_1, _bit_2, _bit_3 = (field(i, 1) for i in range(4))
 _bit_4, _bit_5, _bit_6, _bit_7 = (field(i, 1) for i in range(4, 8))
@@ -270,7 +270,7 @@ def _matmul_p1_128_lookup_kernel(
 
 
 
-KERNELS: dict[str, Kernel] = {
+DIRECT: dict[str, Kernel] = {
     "P1_32": _matmul_p1_32_kernel,
     "P1_128": _matmul_p1_128_kernel,
     "P2_32": _matmul_p2_32_kernel,
@@ -280,9 +280,7 @@ KERNELS: dict[str, Kernel] = {
     "P4_32": _matmul_p4_32_kernel,
     "P4_128": _matmul_p4_128_kernel,
 }
-LOOKUP: dict[str, Kernel] = {
-    "P1_32": _matmul_p1_32_lookup_kernel,
-    "P1_128": _matmul_p1_128_lookup_kernel,
-}
+LOOKUP: dict[str, Kernel] = {}
 if AVAILABLE:
-    KERNELS |= LOOKUP
+    LOOKUP = {"P1_32": _matmul_p1_32_lookup_kernel, "P1_128": _matmul_p1_128_lookup_kernel}
+KERNELS = DIRECT | LOOKUP
