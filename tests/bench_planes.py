@@ -2,7 +2,7 @@
 
 Every figure is the median of interleaved rounds in one process, in bytes of weights:
 
-    L2        GB/s of one thread over a matrix of 256 KiB, one token
+    L2        GB/s of one thread over a matrix of 640 KiB, one token
     1, 2      share of the read limit that one and two threads reach from DRAM, one token
     x4, x8    time of 4 and 8 tokens together from DRAM on two threads, in times of one token
 """
@@ -27,8 +27,8 @@ from edgert.kernels_cpu.matmul_planes import DIRECT, LOOKUP
 from edgert.kernels_cpu.simd import loader, storer, vec, vxor
 from edgert.quant.formats import BY_NAME, PLANES
 
-K, ROUNDS, CHUNK = 4096, 7, 64
-_L2, _DRAM = 1 << 18, 1 << 28
+K, ROUNDS, CHUNK = 4096, 7, 512  # tiles of a call: calls from Python cost 3 us
+_L2, _DRAM = 5 << 17, 1 << 28
 _ld, _st = loader(vec("i8", 64)), storer(vec("i8", 64))
 
 
@@ -53,7 +53,7 @@ X = quantize(np.random.default_rng(0).standard_normal((8, K)).astype(np.float32)
 
 
 def run(call: Kernel, tile_bytes: int, nbytes: int, tokens: int, threads: int) -> float:
-    """Seconds for `tokens` tokens times a matrix of `nbytes`, in chunks as the engine hands out."""
+    """Seconds for `tokens` tokens times a matrix of `nbytes`, in chunks of `CHUNK` tiles."""
     tiles = nbytes // tile_bytes
     starts = iter(range(0, tiles, CHUNK))
     taking = threading.Lock()
@@ -124,7 +124,7 @@ def main() -> None:
         for name, (call, tile) in rows.items():
             inside = _L2 // tile * tile
             whole = _DRAM // tile * tile
-            l2 = min(run(call, tile, inside, 1, 1) for _ in range(5))
+            l2 = median(run(call, tile, inside, 1, 1) for _ in range(15))
             times = {n: run(call, tile, whole, n, 2) for n in (1, 4, 8)}
             alone = run(call, tile, whole, 1, 1)
             for column, value in (
