@@ -28,7 +28,7 @@ from edgert.kernels_cpu.vectors import (
 from edgert.quant.reference import IQ4_VALUES, MXFP4_VALUES
 
 __all__ = [
-    "LANES", "PARTS", "TILE_ROWS", "field", "high_nibbles", "iq4_codes", "low_nibbles",
+    "LANES", "PARTS", "TILE_ROWS", "field", "high_nibbles", "iq4_codes", "low_nibbles", "mixed",
     "mxfp4_codes", "negated", "pair_high", "pair_high_nibbles", "pair_low", "pair_low_nibbles",
     "prefetch_lines", "shifted", "times",
 ]  # fmt: skip
@@ -64,21 +64,39 @@ def _of_one(emit: _Emit, result: Callable[[Vec], Vec] = lambda v: v) -> Any:
     return intrinsic(lambda typingctx, value: typed(value))
 
 
+def _shift_bytes(builder: Any, value: Any, shift: int) -> Any:
+    """16-bit words shifted right by `shift`, left if negative; bits cross into neighbour bytes."""
+    if not shift:
+        return value
+    words = builder.bitcast(value, ir.VectorType(ir.IntType(16), value.type.count // 2))
+    move = builder.lshr if shift > 0 else builder.shl
+    return builder.bitcast(move(words, constant_like(words, abs(shift))), value.type)
+
+
 def field(shift: int, mask: int) -> Any:
     """take(v) -> (each byte shifted right by `shift`, left if negative) & mask.
 
-    The shift is one of 16-bit words: `mask` must drop what crosses from the neighbour byte.
+    `mask` must drop what crosses from the neighbour byte.
     """
 
     def emit(builder: Any, value: Any) -> Any:
-        if shift:
-            words = ir.VectorType(ir.IntType(16), value.type.count // 2)
-            seen = builder.bitcast(value, words)
-            move = builder.lshr if shift > 0 else builder.shl
-            value = builder.bitcast(move(seen, constant_like(seen, abs(shift))), value.type)
-        return builder.and_(value, constant_like(value, mask))
+        return builder.and_(_shift_bytes(builder, value, shift), constant_like(value, mask))
 
     return _of_one(emit)
+
+
+def mixed(mask: int, shift: int, other: int) -> Any:
+    """mix(v, w) -> v shifted by `shift` where `mask` has ones, w shifted by `other` elsewhere.
+
+    Shifts as in `field`: neither part of the mask may let a bit of the neighbour byte through.
+    """
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        inside = builder.and_(_shift_bytes(builder, args[0], shift), constant_like(args[0], mask))
+        rest = constant_like(args[1], 255 - mask)
+        return builder.or_(inside, builder.and_(_shift_bytes(builder, args[1], other), rest))
+
+    return intrinsic(lambda typingctx, v, w: (v(v, w), generate))
 
 
 def _shifted(typingctx: Any, value: Any, count: Any) -> Any:

@@ -18,6 +18,7 @@ from edgert.kernels_cpu import (
     matmul_float,
     matmul_k16,
     matmul_k32,
+    matmul_planes,
 )
 from edgert.kernels_cpu.isa import ISA, target_key
 from edgert.kernels_cpu.jit import Kernel, cache_folder
@@ -35,6 +36,7 @@ _KERNELS: dict[str, Kernel] = {
     **matmul_block32.KERNELS,
     **matmul_k16.KERNELS,
     **matmul_k32.KERNELS,
+    **matmul_planes.KERNELS,
 }
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ blocks b = 0, 1, 2, ... of 32 weights:
 
     format                        dot                                 scale     offset
     Q8_0 Q4_0 Q5_0 IQ4_NL MXFP4   sum q * q_x                         d
-    Q4_1 Q5_1                     sum q * q_x                         d         m
+    Q4_1 Q5_1 P1_32 .. P4_128     sum q * q_x                         d         m
     IQ4_XS                        sum q * q_x                         d * sc_b
     Q4_K Q5_K                     sum q * q_x                         d * sc_b  -(m * mn_b)
     Q3_K Q6_K                     sum over both 16s sc * sum q * q_x  d
@@ -36,12 +36,12 @@ import numpy.typing as npt
 
 from edgert.kernels_cpu.activations import BLOCK, RECORD
 from edgert.kernels_cpu.vmath import fma_ref
-from edgert.quant.formats import BY_NAME, QuantFormat
+from edgert.quant.formats import BY_NAME, PLANES, QuantFormat
 from edgert.quant.reference import dequantize_ref, numbers_ref
 
 __all__ = ["QUANTIZED_INPUT", "matmul_ref"]
 
-QUANTIZED_INPUT = tuple(f.name for f in BY_NAME.values() if not f.is_float)
+QUANTIZED_INPUT = (*(f.name for f in BY_NAME.values() if not f.is_float), *PLANES)
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]
 

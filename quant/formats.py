@@ -1,7 +1,8 @@
-"""What a block of each number format is: one frozen record per GGML type.
+"""What a block of each number format is: one frozen record per GGML type and per plane format.
 
 Owns: type ids, block sizes and the arithmetic that ties them. Must not know files or kernels.
-Source: ggml's `ggml-common.h` block structures, whose sizes are asserted here at import.
+Source: ggml's `ggml-common.h` block structures, whose sizes are asserted here at import; the
+plane formats are edgert's own and have no type id.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from math import prod
 
 from edgert.errors import UnsupportedError
 
-__all__ = ["BY_NAME", "BY_TYPE_ID", "QuantFormat", "format_of"]
+__all__ = ["BY_NAME", "BY_TYPE_ID", "PLANES", "PlaneFormat", "QuantFormat", "format_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class QuantFormat:
     """A number format: `block_size` consecutive weights of a row are stored in `block_bytes`."""
 
     name: str  # GGML's name, upper case
-    type_id: int  # GGML's number in a GGUF file
+    type_id: int  # GGML's number in a GGUF file; -1 for a format of edgert's own
     block_size: int  # weights
     block_bytes: int
 
@@ -42,6 +43,13 @@ class QuantFormat:
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of a tensor of `shape` (NumPy order: the last axis is a row)."""
         return prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneFormat(QuantFormat):
+    """Weights d * q + m of `bits` bits: one float16 scale and offset for a block."""
+
+    bits: int  # 1 to 4
 
 
 def _record(name: str, type_id: int, block_size: int, *parts: int) -> QuantFormat:
@@ -77,6 +85,18 @@ _BLOCK_BYTES = {
 }  # fmt: skip
 for _name, _size in _BLOCK_BYTES.items():
     assert BY_NAME[_name].block_bytes == _size, _name
+
+# P3_128: 3 bits a weight, groups of 128. Scale, offset, then the planes: each is G / 8 bytes.
+PLANES: dict[str, PlaneFormat] = {
+    f"P{bits}_{group}": PlaneFormat(f"P{bits}_{group}", -1, group, 4 + bits * group // 8, bits)
+    for bits in (1, 2, 3, 4)
+    for group in (32, 128)
+}
+_PLANE_BYTES = {
+    "P1_32": 8, "P1_128": 20, "P2_32": 12, "P2_128": 36,
+    "P3_32": 16, "P3_128": 52, "P4_32": 20, "P4_128": 68,
+}  # fmt: skip
+assert {name: f.block_bytes for name, f in PLANES.items()} == _PLANE_BYTES
 
 # Types GGML defines that edgert does not run, so that a refusal can name them.
 _KNOWN_UNSUPPORTED = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import BY_NAME, QuantFormat
+from edgert.quant.formats import BY_NAME, PLANES, QuantFormat
 
 __all__ = ["Array", "Part", "layout", "pack", "pack_planes", "unpack", "unpack_planes"]
 
@@ -79,8 +79,19 @@ _LAYOUT: dict[str, tuple[Part, ...]] = {
     ),
     "MXFP4": (Part("exponent", 1, "u8"), _planes("codes", 16, 4, 16)),
 }
+
+
+def _plane_parts(bits: int, group: int) -> tuple[Part, ...]:
+    """32 weights of 1, 2 or 4 bits are one run of 4 * bits bytes; 3 bits are 2 low and 1 high."""
+    if bits == 3:
+        low, high = _planes("low", group // 4, 2, 8), _planes("high", group // 8, 1, 4)
+        return (_D, _M, low, high)
+    return (_D, _M, _planes("codes", group * bits // 8, bits, 4 * bits))
+
+
+_LAYOUT |= {name: _plane_parts(f.bits, f.block_size) for name, f in PLANES.items()}
 for _name, _parts in _LAYOUT.items():
-    assert sum(p.nbytes for p in _parts) == BY_NAME[_name].block_bytes, _name
+    assert sum(p.nbytes for p in _parts) == (BY_NAME | PLANES)[_name].block_bytes, _name
 
 
 def layout(fmt: QuantFormat) -> tuple[Part, ...]:

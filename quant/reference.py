@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import QuantFormat
+from edgert.quant.formats import PLANES, QuantFormat
 from edgert.quant.packing import Array, unpack
 
 __all__ = [
@@ -158,6 +158,12 @@ def _mxfp4(f: _Fields) -> Numbers:
     return Numbers(exponent_to_scale(f["exponent"]), MXFP4_VALUES[f["codes"]])
 
 
+def _plane(f: _Fields) -> Numbers:
+    """w = d * q + m, q in 0..2^bits - 1."""
+    codes = _i(f["codes"]) if "codes" in f else _joined(f, "low", "high", 2)
+    return Numbers(_f(f["d"]), codes, _f(f["m"]))
+
+
 _FLOATS: dict[str, Callable[[Array], Array]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
 _NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "Q8_0": _q8_0,
@@ -173,6 +179,7 @@ _NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
+    **dict.fromkeys(PLANES, _plane),
 }
 
 
