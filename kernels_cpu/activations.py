@@ -1,11 +1,12 @@
 """Activations as 8-bit integers with one scale for each 32, the input of quantised matmuls.
 
-    d = max|x| / 127,   q = rint(x * (127 / max|x|)),   one block of 32 values = 40 bytes:
+    d = max|x| / 127,   q = rint(x * (127 / max|x|)),   one block of 32 values = 44 bytes:
 
     offset 0   int8[32]    q, in -127..127 (never -128: the integer dot products rely on it)
     offset 32  float32     d (0 when all 32 values are 0, or so small that 127 / max|x|
                            is infinite)
     offset 36  int16[2]    sums of q[0:16] and of q[16:32]
+    offset 40  float32     d * float32(sum of all q): what an offset of the weights is multiplied by
 
 A NaN gives q = -127 and is ignored by the maximum; with an infinity d is infinite and q is 0 or
 NaN's -127. Nothing crashes; the products are then not finite.
@@ -48,8 +49,10 @@ __all__ = [
 ]  # fmt: skip
 
 BLOCK = 32
-BLOCK_BYTES = 40
-RECORD = np.dtype([("q", np.int8, 32), ("d", np.float32), ("sums", np.int16, 2)])
+BLOCK_BYTES = 44
+RECORD = np.dtype(
+    [("q", np.int8, 32), ("d", np.float32), ("sums", np.int16, 2), ("dsum", np.float32)]
+)
 assert RECORD.itemsize == BLOCK_BYTES
 
 _F32 = npt.NDArray[np.float32]
@@ -62,7 +65,7 @@ def activation_bytes(K: int) -> int:
 
 
 def quantize_ref(x: _F32) -> npt.NDArray[np.uint8]:
-    """x (..., K) float32 -> (..., K / 32 * 40) uint8, equal to the bit to `quantize`."""
+    """x (..., K) float32 -> (..., K / 32 * 44) uint8, equal to the bit to `quantize`."""
     blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, BLOCK)
     with np.errstate(all="ignore"):
         largest = np.fmax.reduce(np.abs(blocks), axis=-1)
@@ -77,11 +80,13 @@ def quantize_ref(x: _F32) -> npt.NDArray[np.uint8]:
         out["q"] = scaled.astype(np.int8)
         out["d"] = np.where(usable, largest / np.float32(127), np.float32(0))
     out["sums"] = out["q"].astype(np.int16).reshape(*blocks.shape[:-1], 2, 16).sum(-1)
+    with np.errstate(all="ignore"):
+        out["dsum"] = out["d"] * out["sums"].sum(-1).astype(np.float32)
     return out.view(np.uint8).reshape(*x.shape[:-1], -1)
 
 
 def dequantize_activations_ref(rows: npt.NDArray[np.uint8]) -> _F32:
-    """The values a quantised row stands for: (..., K / 32 * 40) uint8 -> (..., K) float32."""
+    """The values a quantised row stands for: (..., K / 32 * 44) uint8 -> (..., K) float32."""
     blocks = np.ascontiguousarray(rows).view(RECORD)
     values: _F32 = blocks["q"].astype(np.float32) * blocks["d"][..., None]
     return values.reshape(*rows.shape[:-1], -1)
@@ -141,6 +146,7 @@ def quantize_row(x: Any, out: Any, K: Any) -> None:
         st_f32(b + 32, d)
         st_i16(b + 36, np.int16(low_sum))
         st_i16(b + 38, np.int16(high_sum))
+        st_f32(b + 40, d * np.float32(low_sum + high_sum))
 
 
 @kernel(void("iiiiiii"))

@@ -84,7 +84,7 @@ def rmsnorm_op(
 ) -> list[int]:  # fmt: skip
     """The arguments of an rmsnorm row; one unit for each token.
 
-    Shapes: x, y: rows of K float32 (y may be x); weight K float32; q: rows of K / 32 * 40 bytes.
+    Shapes: x, y: rows of K float32 (y may be x); weight K float32; q: rows of K / 32 * 44 bytes.
     """
     assert y or q, "rmsnorm writes nowhere"
     assert not q or K % 32 == 0, K
@@ -211,7 +211,7 @@ def swiglu_op(
 ) -> list[int]:  # fmt: skip
     """The arguments of a swiglu row; `units_per_row(K)` units for each row of gate and up.
 
-    Shapes: gate, up, y: rows of K float32 (y may be gate or up); q: rows of K / 32 * 40 bytes;
+    Shapes: gate, up, y: rows of K float32 (y may be gate or up); q: rows of K / 32 * 44 bytes;
     rows: address of int64 row numbers, the i-th row done being rows[i], or 0 for row i.
     """
     assert y or q, "swiglu writes nowhere"

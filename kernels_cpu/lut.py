@@ -64,7 +64,7 @@ _I16x16, _I32x16 = vec("i16", 16).llvm, vec("i32", 16).llvm
 
 
 def tables_ref(x: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Quantised rows (..., K / 32 * 40) -> tables (..., K / 32, 256), equal to `make_tables`."""
+    """Quantised rows (..., K / 32 * 44) -> tables (..., K / 32, 256), equal to `make_tables`."""
     q = np.ascontiguousarray(x).view(RECORD)["q"].astype(np.int64)
     selected = np.arange(16)[:, None] >> np.arange(4) & 1  # [n, i]
     by_byte = q.reshape(*q.shape[:-1], 2, 4, 4).swapaxes(-1, -2)  # [half, j, i]
@@ -91,7 +91,9 @@ def _make_table(context: Any, b: Any, sig: Any, args: Any) -> Any:
         for digit, other in ((low, constant(_I8x32, [0] * 32)), (high, absent)):
             total = None
             for i in range(4):
-                lane = [16 * half + 4 * i + j if n >> i & 1 else 32 for j in range(4) for n in range(16)]
+                lane = [
+                    16 * half + 4 * i + j if n >> i & 1 else 32 for j in range(4) for n in range(16)
+                ]
                 picked = _shuffle(b, digit, other, lane)
                 total = picked if total is None else b.add(total, picked)
             sums.append(total)

@@ -67,7 +67,7 @@ def matmul(
     """As `matmul_ref`, compiled, from a matrix of `rows` rows in tiles.
 
     Shapes: tiles uint8[matrix_bytes], x (T, K) float32, quantised here where the format wants it,
-    or (T, K / 32 * 40) uint8 quantised rows -> (T, rows) float32. Raises InputError on mismatch.
+    or (T, K / 32 * 44) uint8 quantised rows -> (T, rows) float32. Raises InputError on mismatch.
     """
     K = _check_input(fmt, tiles, x, rows)
     if takes_quantized_input(fmt) and x.dtype == np.float32:

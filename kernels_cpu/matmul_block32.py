@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgert.kernels_cpu.activations import BLOCK_BYTES
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
     LANES,
@@ -72,7 +73,7 @@ def _q8_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_totals(acc, i, halves(acc, d), xs, 0)
         d += _Q8_0_BYTES
         w += _Q8_0_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -130,7 +131,7 @@ def _q4_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_totals(acc, i, halves(acc, d), xs, 0)
         d += _Q4_0_BYTES
         w += _Q4_0_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -144,7 +145,7 @@ def _q4_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
         d += _Q4_1_BYTES
         w += _Q4_1_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -158,7 +159,7 @@ def _q5_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_totals(acc, i, halves(acc, d), xs, 0)
         d += _Q5_0_BYTES
         h += _Q5_0_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -172,7 +173,7 @@ def _q5_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
         d += _Q5_1_BYTES
         h += _Q5_1_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -185,7 +186,7 @@ def _iq4_nl(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_totals(acc, _dot_codes(iq4_codes, w, xs, acc), halves(acc, d), xs, 0)
         d += _IQ4_NL_BYTES
         w += _IQ4_NL_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 
@@ -198,7 +199,7 @@ def _mxfp4(p: Any, part: Any, K: Any, xs: Any) -> Any:
         acc = fma_totals(acc, _dot_codes(mxfp4_codes, w, xs, acc), exponents(acc, e), xs, 0)
         e += _MXFP4_BYTES
         w += _MXFP4_BYTES
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 

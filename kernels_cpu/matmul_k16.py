@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgert.kernels_cpu.activations import BLOCK_BYTES
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
     LANES,
@@ -52,6 +53,7 @@ _Q2_K_BYTES, _Q2_K_HALF = 1344, 640  # d, dmin, 2 x [4 x 16 pairs, 8 x 64 of 2 b
 _Q3_K_BYTES, _Q3_K_HALF = 1824, 640  # d, 8 x 64 third bits, 2 x [4 x 16 pairs, 8 x 64 of 2 bits]
 _Q6_K_BYTES, _Q6_K_HALF = 3360, 1664  # d, 2 x [4 x 16 pairs, 16 x 64 of 4, 8 x 64 of 2 bits]
 
+_AT_1, _AT_2, _AT_3 = BLOCK_BYTES, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES  # sub-blocks of activations
 _twos_0, _twos_1, _twos_2, _twos_3 = (field(shift, 0x03) for shift in (0, 2, 4, 6))
 _third_0, _third_1, _third_2, _third_3 = (field(shift, 0x04) for shift in (-2, -1, 0, 1))
 _top_0, _top_1, _top_2, _top_3 = (field(shift, 0x30) for shift in (-4, -2, 0, 2))
@@ -116,13 +118,13 @@ def _q2_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         _prefetch_3(ahead)
         acc = _q2_k_sub(_two_0, w, s, d, dmin, xs, 0, acc)
         _prefetch_3(ahead + 168)
-        acc = _q2_k_sub(_two_1, w, s + 32, d, dmin, xs, 40, acc)
+        acc = _q2_k_sub(_two_1, w, s + 32, d, dmin, xs, _AT_1, acc)
         _prefetch_3(ahead + 336)
-        acc = _q2_k_sub(_two_2, w, s + 64, d, dmin, xs, 80, acc)
+        acc = _q2_k_sub(_two_2, w, s + 64, d, dmin, xs, _AT_2, acc)
         _prefetch_3(ahead + 504)
-        acc = _q2_k_sub(_two_3, w, s + 96, d, dmin, xs, 120, acc)
+        acc = _q2_k_sub(_two_3, w, s + 96, d, dmin, xs, _AT_3, acc)
         ahead += 672
-        xs = step(xs, 160)
+        xs = step(xs, 4 * BLOCK_BYTES)
     return acc
 
 
@@ -168,13 +170,13 @@ def _q3_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         _prefetch_4(ahead)
         acc = _q3_k_sub(_three_0, w, high, shift, s, d, xs, 0, acc)
         _prefetch_4(ahead + 228)
-        acc = _q3_k_sub(_three_1, w, high, shift, s + 32, d, xs, 40, acc)
+        acc = _q3_k_sub(_three_1, w, high, shift, s + 32, d, xs, _AT_1, acc)
         _prefetch_4(ahead + 456)
-        acc = _q3_k_sub(_three_2, w, high, shift, s + 64, d, xs, 80, acc)
+        acc = _q3_k_sub(_three_2, w, high, shift, s + 64, d, xs, _AT_2, acc)
         _prefetch_4(ahead + 684)
-        acc = _q3_k_sub(_three_3, w, high, shift, s + 96, d, xs, 120, acc)
+        acc = _q3_k_sub(_three_3, w, high, shift, s + 96, d, xs, _AT_3, acc)
         ahead += 912
-        xs = step(xs, 160)
+        xs = step(xs, 4 * BLOCK_BYTES)
     return acc
 
 
@@ -218,13 +220,13 @@ def _q6_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         _prefetch_7(ahead)
         acc = _q6_k_sub(_six_0, w, high, s, d, xs, 0, acc)
         _prefetch_7(ahead + 420)
-        acc = _q6_k_sub(_six_1, w + 512, high, s + 32, d, xs, 40, acc)
+        acc = _q6_k_sub(_six_1, w + 512, high, s + 32, d, xs, _AT_1, acc)
         _prefetch_7(ahead + 840)
-        acc = _q6_k_sub(_six_2, w, high, s + 64, d, xs, 80, acc)
+        acc = _q6_k_sub(_six_2, w, high, s + 64, d, xs, _AT_2, acc)
         _prefetch_7(ahead + 1260)
-        acc = _q6_k_sub(_six_3, w + 512, high, s + 96, d, xs, 120, acc)
+        acc = _q6_k_sub(_six_3, w + 512, high, s + 96, d, xs, _AT_3, acc)
         ahead += 1680
-        xs = step(xs, 160)
+        xs = step(xs, 4 * BLOCK_BYTES)
     return acc
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgert.kernels_cpu.activations import BLOCK_BYTES
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import (
     LANES,
@@ -80,9 +81,11 @@ def _q4_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         _prefetch_5(ahead)
         acc = _add_sub(_dot_fours(low_nibbles, w, xs, 0, acc), s, d, dmin, xs, 0, acc)
         _prefetch_5(ahead + 296)
-        acc = _add_sub(_dot_fours(high_nibbles, w, xs, 40, acc), s + 32, d, dmin, xs, 40, acc)
+        acc = _add_sub(
+            _dot_fours(high_nibbles, w, xs, BLOCK_BYTES, acc), s + 32, d, dmin, xs, BLOCK_BYTES, acc
+        )
         ahead += 592
-        xs = step(xs, 80)
+        xs = step(xs, 2 * BLOCK_BYTES)
     return acc
 
 
@@ -114,10 +117,10 @@ def _q5_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         i = _dot_fives(low_nibbles, _fifth_0, w, high, shift, xs, 0, acc)
         acc = _add_sub(i, s, d, dmin, xs, 0, acc)
         _prefetch_6(ahead + 360)
-        i = _dot_fives(high_nibbles, _fifth_1, w, high, shift, xs, 40, acc)
-        acc = _add_sub(i, s + 32, d, dmin, xs, 40, acc)
+        i = _dot_fives(high_nibbles, _fifth_1, w, high, shift, xs, BLOCK_BYTES, acc)
+        acc = _add_sub(i, s + 32, d, dmin, xs, BLOCK_BYTES, acc)
         ahead += 720
-        xs = step(xs, 80)
+        xs = step(xs, 2 * BLOCK_BYTES)
     return acc
 
 
@@ -137,7 +140,7 @@ def _iq4_xs(p: Any, part: Any, K: Any, xs: Any) -> Any:
         d = halves(acc, block + 2 * LANES * part)
         scale = vmul(d, signed_bytes_as_float(acc, sub + LANES * part))
         acc = fma_totals(acc, i, scale, xs, 0)
-        xs = step(xs, 40)
+        xs = step(xs, BLOCK_BYTES)
     return acc
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgert.kernels_cpu.activations import BLOCK_BYTES
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import LANES, field, high_nibbles, low_nibbles, mixed, prefetch_lines
 from edgert.kernels_cpu.lut import AVAILABLE, lookup_drive
@@ -106,7 +107,7 @@ def _groups(
             ask(w)
             acc = fma_sum(fma_totals(acc, dot(w, xs, acc), d, xs, 0), m, xs, 0)
             w += 64 * lines
-            xs = step(xs, 40)
+            xs = step(xs, BLOCK_BYTES)
         at += 64 + 64 * lines * blocks
         w += 64
     return acc
@@ -239,6 +240,7 @@ def _matmul_p4_128_kernel(
         tile_start, tile_stop, n, xi, yi, mode, bias,
     )  # fmt: skip
 
+
 @kernel(MATMUL)
 def _matmul_p1_32_lookup_kernel(
     w: int, x: int, x_stride: int, y: int, y_stride: int, K: int, tile_start: int,
@@ -267,7 +269,6 @@ def _matmul_p1_128_lookup_kernel(
             up_to_most, _p1_128, K // 128 * 320, w, x, x_stride, y, y_stride, K,
             tile_start, tile_stop, n, xi, yi, mode, bias,
         )  # fmt: skip
-
 
 
 DIRECT: dict[str, Kernel] = {

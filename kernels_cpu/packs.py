@@ -9,7 +9,7 @@ A single token works on the 16 rows of a tile at once (the tile is then read as 
 stream), more tokens on parts of `LANES` rows. `acc`, the float32 sums, carries that number: loads
 take it as their first argument.
 
-Activations are rows of 40-byte blocks (`activations`): 32 int8, scale at 32, two sums at 36.
+Activations are rows of blocks (`activations`): 32 int8, scale, two sums, scale * sum.
 `offset` is where in the row, from the addresses in `xs`, a value or a block begins.
 
     accumulators(xs)   -> acc            integers(acc) -> sums for mac_u8, all zero
@@ -58,7 +58,7 @@ __all__ = [
     "weights",
 ]  # fmt: skip
 
-_SCALE, _SUMS = 32, 36  # offsets in a block of activations
+_SCALE, _SUMS, _SCALED_SUM = 32, 36, 40  # offsets in a block of activations
 _I64 = LLVM["i64"]
 _Emit = Callable[..., Any]
 
@@ -245,10 +245,7 @@ def _fma_totals(b: Any, kind: Any, acc: Any, totals: Any, scale: Any, xs: Any, o
 
 def _fma_sum(b: Any, kind: Any, acc: Any, m: Any, xs: Any, offset: Any) -> Any:
     def one(a: Any, x: Any) -> Any:
-        sums = _block_sums(b, x, offset, a.type.count)
-        count = b.sitofp(dots.pair_dot(b, sums, dots.constant_like(sums, 1)), a.type)
-        d = _broadcast(b, b.add(x, _I64(_SCALE)), offset, a.type)
-        return _fma(b, m, b.fmul(d, count), a)
+        return _fma(b, m, _broadcast(b, b.add(x, _I64(_SCALED_SUM)), offset, a.type), a)
 
     return _each(b, one, acc, xs)
 

@@ -139,7 +139,7 @@ def run(kernel: Any, arguments: list[int], units: int, order: Any = None) -> Non
 @pytest.mark.parametrize("both", [False, True])
 def test_quantised_outputs_are_the_quantised_float_outputs(K: int, both: bool) -> None:
     x, up, weight = rows(3, K), rows(3, K, 1), rows(1, K, 2)[0]
-    y, q = np.empty_like(x), np.zeros((3, K // 32 * 40), np.uint8)
+    y, q = np.empty_like(x), np.zeros((3, K // 32 * 44), np.uint8)
     outputs = strided("q", q) | (strided("y", y) if both else {})
     n = 3 * units_per_row(K)
     cases: list[tuple[Any, list[int], int, Any]] = [
@@ -177,7 +177,7 @@ def test_units_may_be_split_and_ordered_at_will() -> None:
 
 def test_only_listed_rows_are_done() -> None:
     x, up, listed = rows(6, 1056), rows(6, 1056, 1), np.array([4, 1], np.int64)
-    y, q = np.zeros_like(x), np.zeros((6, 33 * 40), np.uint8)
+    y, q = np.zeros_like(x), np.zeros((6, 33 * 44), np.uint8)
     arguments = swiglu_op(
         **strided("gate", x), **strided("up", up), K=1056, **strided("y", y),
         rows=abi.address_of(listed),
@@ -266,7 +266,7 @@ def test_shapes_that_do_not_fit_are_refused(call: Callable[[], object]) -> None:
 def digests() -> dict[str, str]:
     """A hash of every kernel's output on seeded inputs."""
     x, up, weight = rows(3, 1100, size=9.0), rows(3, 1100, 1), rows(1, 1100, 2)[0]
-    q = np.zeros((3, 33 * 40), np.uint8)
+    q = np.zeros((3, 33 * 44), np.uint8)
     whole = np.ascontiguousarray(x[:, :1056])
     run(quantize_kernel, quantize_op(**strided("x", whole), K=1056, **strided("q", q)), 6)
     outputs = {

@@ -175,7 +175,7 @@ def test_quantize_equals_its_reference() -> None:
     x[0, :32], x[1, 64:96], x[2, 5] = 0, 1e-44, np.nan
     x[3, 7], x[4, 33], x[5, 0:32] = np.inf, -np.inf, np.nan
     rows = activations.quantize(x)
-    assert rows.shape == (6, activations.activation_bytes(320)) == (6, 400)
+    assert rows.shape == (6, activations.activation_bytes(320)) == (6, 440)
     assert np.array_equal(rows, activations.quantize_ref(x))
     q = rows.view(activations.RECORD)["q"]
     assert q.min() == -127 and q.max() == 127
