@@ -16,6 +16,8 @@ import pytest
 
 import edgert as library
 from edgert import attention_bench, bench_harness, kernel_bench
+from edgert.cli import bench_model
+from edgert.cli.answer import Answer
 from edgert.kernels_cpu import limits
 from edgert.units import KIB, MIB
 from tests.command import ROOT, assert_error, edgert, inside
@@ -52,6 +54,18 @@ def test_a_prompt_nobody_gave_fits_the_context(tiny_gguf: Path) -> None:
     assert json.loads(run.stdout)["prompt_tokens"] == 64 - 4 - 1
     run = edgert("bench", tiny_gguf, "-c", 64, "--prompt-tokens", 65)
     assert_error(run, 2, "the context of 64")
+
+
+def test_ctrl_c_ends_all_trials(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def answer(engine: Any, prompt: list[int], *_: Any, **__: Any) -> Answer:
+        asked.append(len(prompt))
+        return Answer()  # what is left of one that was cancelled
+
+    monkeypatch.setattr(bench_model, "answer", answer)
+    run = inside("bench", tiny_gguf, *SIZES)
+    assert (run.returncode, run.stdout, asked) == (130, "", [9])
 
 
 BAD_OPTIONS = {
