@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
 from edgert.cli.progress import Progress
@@ -26,6 +27,12 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
     if not counts or min(counts) < 1:
         raise click.BadParameter(f"{value!r} is not a list like 1,2,4,8", context, parameter)
     return counts
+
+
+def _model_was_typed() -> bool:
+    """True when the model is on the command line, not only in EDGERT_MODEL."""
+    source = click.get_current_context().get_parameter_source
+    return ParameterSource.COMMANDLINE in (source("model"), source("model_file"))
 
 
 @click.command()
@@ -76,6 +83,11 @@ def _counts(context: click.Context, parameter: click.Parameter, value: str) -> t
     metavar="LIST",
     help="Number formats for --kernels, like Q4_0,Q8_0; by default all.",
 )
+@click.option(
+    "--attention",
+    is_flag=True,
+    help="Measure attention by context length instead of a model.",
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 @debug_options
@@ -84,6 +96,7 @@ def bench(
     baseline: str | None,
     baseline_python: str | None,
     kernels: bool,
+    attention: bool,
     formats: str | None,
     as_csv: bool,
     as_json: bool,
@@ -92,13 +105,15 @@ def bench(
     """Measure prefill, decode and reading speed.
 
     Generation is greedy, so the hash of the logits is the same in every trial, for every budget
-    and thread count. --baseline measures llama.cpp beside edgert, --kernels the matrix kernels
-    alone.
+    and thread count. --baseline measures llama.cpp beside edgert, --kernels and --attention parts
+    of edgert against the limits of the machine.
     """
     if baseline_python is not None and baseline is None:
         raise click.UsageError("--baseline-python needs --baseline llamacpp")
-    if kernels and (baseline is not None or options.model is not None):
-        raise click.UsageError("--kernels needs no model and no --baseline")
+    if kernels + attention + (baseline is not None) > 1:
+        raise click.UsageError("give one of --kernels, --attention and --baseline")
+    if (kernels or attention) and _model_was_typed():
+        raise click.UsageError("--kernels and --attention measure without a model")
     if formats is not None and not kernels:
         raise click.UsageError("--formats needs --kernels")
     if as_csv and as_json:
@@ -110,6 +125,12 @@ def bench(
             names = formats.split(",") if formats else None
             found = bench_kernels(names, options.threads, sizes["trials"], progress)
             rows, text = found["kernels"], kernels_text
+        elif attention:
+            from edgert.cli.bench_kernels import attention_text, bench_attention
+
+            kind = options.kv_cache_type
+            found = bench_attention(kind, options.threads, sizes["trials"], progress)
+            rows, text = found["kernels"], attention_text
         elif baseline is not None:
             from edgert.cli.bench_baseline import compare, comparison_text
             from edgert.cli.bench_model import Sizes

@@ -1,20 +1,23 @@
-"""`edgert bench --kernels`: how close the matrix kernels come to what the machine can do.
+"""`edgert bench --kernels` and `--attention`: how close kernels come to what the machine can do.
 
-Owns: the table. Must not know how kernels are measured (edgert/kernel_bench.py).
+Owns: the tables. Must not know how kernels are measured.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import edgert
 from edgert.cli.progress import Progress
 from edgert.cli.report import table
 
-__all__ = ["bench_kernels", "kernels_text"]
+if TYPE_CHECKING:
+    from edgert import KernelFigures
+
+__all__ = ["attention_text", "bench_attention", "bench_kernels", "kernels_text"]
 
 
 def bench_kernels(
@@ -25,12 +28,29 @@ def bench_kernels(
     def show(what: str, done: int, total: int) -> None:
         progress.update(done, total, what)
 
-    found = list(edgert.bench_kernels(formats, threads=threads, trials=trials, on_progress=show))
-    progress.close()
+    return _found(edgert.bench_kernels(formats, threads=threads, trials=trials, on_progress=show))
+
+
+def bench_attention(
+    kv_cache_type: str, threads: int | None, trials: int, progress: Progress
+) -> dict[str, Any]:
+    """As `bench_kernels` for attention."""
+
+    def show(what: str, done: int, total: int) -> None:
+        progress.update(done, total, what)
+
+    return _found(
+        edgert.bench_attention(
+            threads=threads, trials=trials, kv_cache_type=kv_cache_type, on_progress=show
+        )
+    )
+
+
+def _found(figures: Iterable[KernelFigures]) -> dict[str, Any]:
     return {
         "machine": f"{platform.machine()} {platform.system()}",
         "cores": os.cpu_count(),
-        "kernels": [figures.to_dict() for figures in found],
+        "kernels": [one.to_dict() for one in figures],
     }
 
 
@@ -47,14 +67,42 @@ def kernels_text(found: dict[str, Any]) -> str:
         "format", "GEMV GB/s", "of read", "GEMV in L2", "4 tokens", "8 tokens",
         "512 tok GMAC/s", "of peak", "repack GB/s", "hash",
     ]  # fmt: skip
-    threads = limits["read"]["threads"]
-    peaks = [f"read {limits['read']['gb_s']:.1f} GB/s"]
-    peaks += [f"{name} {f['gmac_s']:.0f} GMAC/s" for name, f in limits.items() if f["gmac_s"]]
     return (
-        f"{table(header, lines)}\n"
-        f"limits with {threads} threads: {', '.join(peaks)}; L2 and repack: 1 thread\n"
+        f"{table(header, lines)}\n{_limits_text(limits)}; L2 and repack: 1 thread\n"
         "4 tokens, 8 tokens: time of one pass over the weights against that of one token"
     )
+
+
+def attention_text(found: dict[str, Any]) -> str:
+    """`bench_attention`'s object for people: a line for each context, then the limits."""
+    figures = found["kernels"]
+    limits = {f["format"]: f for f in figures if f["what"] == "limit"}
+    by_context: dict[int, list[dict[str, Any]]] = {}
+    for f in figures:
+        if f["what"] == "attention":
+            by_context.setdefault(f["context"], []).append(f)
+    lines = [
+        [
+            str(context),
+            f"{one['gb_s']:.1f}",
+            f"{100 * one['of_read']:.0f} %",
+            f"{one['gmac_s']:.1f}",
+            f"{many['gmac_s']:.1f}",
+            f"{100 * many['of_peak']:.0f} %",
+            f"#{many['hash'][:8]}",
+        ]
+        for context, (one, many) in by_context.items()
+    ]
+    tokens = max(f["tokens"] for f in figures)
+    header = ["context", "1 token GB/s", "of read", "GMAC/s", f"{tokens} tok GMAC/s", "of peak",
+              "hash"]  # fmt: skip
+    return f"{table(header, lines)}\n{_limits_text(limits)}"
+
+
+def _limits_text(limits: dict[str, dict[str, Any]]) -> str:
+    peaks = [f"read {limits['read']['gb_s']:.1f} GB/s"]
+    peaks += [f"{name} {f['gmac_s']:.0f} GMAC/s" for name, f in limits.items() if f["gmac_s"]]
+    return f"limits with {limits['read']['threads']} threads: {', '.join(peaks)}"
 
 
 def _line(name: str, found: dict[tuple[str, int, str], dict[str, Any]]) -> list[str]:

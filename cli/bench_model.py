@@ -74,9 +74,11 @@ def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict
     with options.load(progress) as engine:
         prompt = some_text(engine.tokenizer, sizes.prompt(engine.context_length))
         progress.close()
-        runs = [_trial(engine, prompt, sizes.gen_tokens, progress) for _ in range(sizes.trials)]
-        if any(run.finish_reason == "cancelled" for run in runs):
-            raise click.Abort
+        runs = []
+        for _ in range(sizes.trials):
+            runs.append(_trial(engine, prompt, sizes.gen_tokens, progress))
+            if runs[-1].finish_reason == "cancelled":
+                raise click.Abort
         found = _result(options, engine, runs)
         found |= _batches(engine, sizes, progress)
     found["file_cache"] = "cold" if cold else "warm"

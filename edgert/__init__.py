@@ -33,10 +33,12 @@ from edgert.errors import (
 from edgert.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from edgert.attention_bench import bench_attention
+    from edgert.bench_harness import KernelFigures
     from edgert.config import SamplingParams
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
-    from edgert.kernel_bench import KernelFigures, bench_kernels
+    from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, warmup
     from edgert.plan import Plan
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
@@ -69,6 +71,7 @@ __all__ = [
     "TokenizerError",
     "UnsupportedError",
     "__version__",
+    "bench_attention",
     "bench_kernels",
     "bundled_model",
     "diagnose",
@@ -86,7 +89,7 @@ __version__ = "0.1.0"
 _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
     "Engine": "edgert.engine",
-    "KernelFigures": "edgert.kernel_bench",
+    "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
@@ -95,6 +98,7 @@ _LAZY = {  # public name -> module that defines it
     "Session": "edgert.session",
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
+    "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
     "load": "edgert.opening",

@@ -169,7 +169,7 @@ def _memory(problem: _Problem, threads: int) -> Facts:
     nbytes = min(_READ_BYTES, max(free, 0) // 4)
     if nbytes >= 64 * MIB:
         try:
-            from edgert.kernel_bench import measure_memory
+            from edgert.bench_harness import measure_memory
 
             found["read_bytes_per_s"] = measure_memory(threads, nbytes)
             found["read_bytes_per_s_one_thread"] = measure_memory(1, nbytes)

@@ -1,7 +1,8 @@
 """Which kernels a model needs, and compiling them. Run as a program it compiles and exits.
 
-Owns: the list. Must not know budgets. `python -m edgert.kernels SET FIRST STOP` compiles kernels
-FIRST to STOP of a `KernelSet` into the user's cache, one line of progress each.
+Owns: the list. Must not know budgets. `python -m edgert.kernels SET FIRST STOP STEP` compiles
+every STEP-th kernel from FIRST to STOP of a `KernelSet` into the user's cache, one line of progress
+each.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
 
 
 def compile_here(
-    wanted: KernelSet, first: int = 0, stop: int | None = None
+    wanted: KernelSet, first: int = 0, stop: int | None = None, step: int = 1
 ) -> Iterator[tuple[str, int, int]]:
     """Compile in this process, or load from the cache: (name, number done, number) before each."""
     kernels = kernels_of(wanted)
-    for i, kernel in enumerate(kernels[first:stop], first):
-        yield kernel.name, i, len(kernels)
-        kernel.compile()
+    for i in range(len(kernels))[first:stop:step]:
+        yield kernels[i].name, i, len(kernels)
+        kernels[i].compile()
 
 
 def main(arguments: list[str]) -> None:
     """Compile part of a set for a parent process, which reads the lines."""
     wanted = KernelSet.parse(arguments[0])
-    first, stop = (int(a) for a in arguments[1:3])
-    for name, done, total in compile_here(wanted, first, stop):
+    first, stop, step = (int(a) for a in arguments[1:4])
+    for name, done, total in compile_here(wanted, first, stop, step):
         print(f"{name} {done} {total}", flush=True)
     print(f"= {cache_folder()} {len(kernels_of(wanted))} {len(kernels_of(wanted))}", flush=True)
 

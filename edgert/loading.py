@@ -26,9 +26,9 @@ from edgert.units import MIB
 __all__ = ["make_plan", "process_bytes"]
 
 # What the process itself holds beside the arena: interpreter, NumPy, Numba and LLVM, tokenizer and
-# compiled kernels, and what they allocate while running. Measured 151 MiB after loading; the plan
+# compiled kernels, and what they allocate while running. Measured 107 MiB after loading; the plan
 # takes the larger of this and what is measured, plus the growth allowed for.
-PROCESS_BYTES = 160 * MIB
+PROCESS_BYTES = 120 * MIB
 GROWTH_BYTES = 16 * MIB
 TOKEN_BYTES = 200  # of one vocabulary entry: 14 MB kept for 152k tokens, 53 MB while it is built
 

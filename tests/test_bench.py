@@ -8,12 +8,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgert import kernel_bench
+import edgert as library
+from edgert import attention_bench, bench_harness, kernel_bench
+from edgert.cli import bench_model
+from edgert.cli.answer import Answer
 from edgert.kernels_cpu import limits
 from edgert.units import KIB, MIB
 from tests.command import ROOT, assert_error, edgert, inside
@@ -52,12 +56,26 @@ def test_a_prompt_nobody_gave_fits_the_context(tiny_gguf: Path) -> None:
     assert_error(run, 2, "the context of 64")
 
 
+def test_ctrl_c_ends_all_trials(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def answer(engine: Any, prompt: list[int], *_: Any, **__: Any) -> Answer:
+        asked.append(len(prompt))
+        return Answer()  # what is left of one that was cancelled
+
+    monkeypatch.setattr(bench_model, "answer", answer)
+    run = inside("bench", tiny_gguf, *SIZES)
+    assert (run.returncode, run.stdout, asked) == (130, "", [9])
+
+
 BAD_OPTIONS = {
     "batches": (["--batch", "1,x"], "'1,x' is not a list"),
     "no batch": (["--batch", "0"], "'0' is not a list"),
     "two forms": (["--csv", "--json"], "not both"),
     "formats of a model": (["--formats", "Q4_0"], "--formats needs --kernels"),
-    "kernels of a model": (["--kernels"], "--kernels needs no model"),
+    "kernels of a model": (["--kernels"], "measure without a model"),
+    "attention of a model": (["--attention"], "measure without a model"),
+    "two things": (["--attention", "--kernels"], "one of --kernels, --attention"),
     "python alone": (["--baseline-python", "x"], "needs --baseline"),
     "another baseline": (["--baseline", "ollama"], "'ollama' is not"),
     "no python": (["--baseline", "llamacpp", "--baseline-python", "/no/python"], "/no/python"),
@@ -76,11 +94,16 @@ def test_bad_options(case: str, tiny_gguf: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sizes that take milliseconds; what is computed stays the same."""
-    sizes = {"ROWS": 64, "COLUMNS": 256, "GEMM_TOKENS": 9, "READ_BYTES": MIB,
-             "CHAIN_BYTES": 48 * KIB, "CACHE_BYTES": 8 * KIB, "_REPACK_ROWS": 64,
-             "_PEAK_UNITS": 8}  # fmt: skip
-    for name, value in sizes.items():
-        monkeypatch.setattr(kernel_bench, name, value)
+    sizes: list[tuple[Any, dict[str, Any]]] = [
+        (bench_harness, {"READ_BYTES": MIB, "PEAK_UNITS": 8}),
+        (kernel_bench, {"ROWS": 64, "COLUMNS": 256, "GEMM_TOKENS": 9, "CHAIN_BYTES": 48 * KIB,
+                        "CACHE_BYTES": 8 * KIB, "REPACK_ROWS": 64}),
+        (attention_bench, {"HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "CHAIN_BYTES": 64 * KIB,
+                           "PROMPT_TOKENS": 3}),
+    ]  # fmt: skip
+    for module, values in sizes:
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     yield
 
 
@@ -115,8 +138,22 @@ def test_kernels_of_a_format_that_is_none() -> None:
     assert_error(inside("bench", "--kernels", "--formats", "Q4_0,Q9"), 2, "Q9 is no number format")
 
 
+def test_attention(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = library.bench_attention  # with contexts that the small arena holds
+    monkeypatch.setattr(library, "bench_attention", partial(whole, (5, 100)))
+    found = json.loads(inside("bench", "--attention", "-t", 2, "--trials", 1, "--json").stdout)
+    measured = [f for f in found["kernels"] if f["what"] == "attention"]
+    assert [(f["context"], f["tokens"]) for f in measured] == [(5, 1), (5, 3), (100, 1), (100, 3)]
+    assert all(f["gmac_s"] > 0 and f["of_peak"] > 0 and f["of_read"] > 0 for f in measured)
+    alone = json.loads(inside("bench", "--attention", "-t", 1, "--trials", 1, "--json").stdout)
+    hashes = [[f["hash"] for f in figures["kernels"]] for figures in (found, alone)]
+    assert hashes[0] == hashes[1], "results depend on threads"
+    lines = inside("bench", "--attention", "--trials", 1, "-ctk", "f32").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["context", "5", "100", "limits"]
+
+
 def test_memory_is_read_at_a_rate_that_can_be() -> None:
-    rates = [kernel_bench.measure_memory(threads, 64 * MIB) for threads in (1, 2, 3)]
+    rates = [bench_harness.measure_memory(threads, 64 * MIB) for threads in (1, 2, 3)]
     assert all(1e8 < rate < 2e12 for rate in rates), rates
 
 

@@ -229,23 +229,67 @@ def test_a_note_without_a_cache_is_no_cache(cache: Path, content: str) -> None:
     assert is_compiled(SET)
 
 
-@pytest.mark.parametrize(("budget", "children"), [(None, 1), (2 * GIB, 1), (200 * MIB, 3)])
-def test_small_budgets_compile_one_kernel_a_child(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, children: int
+@pytest.mark.parametrize(
+    ("budget", "free", "rounds"),
+    [
+        (None, 64 * GIB, [4]), (None, GIB, [2]), (None, 0, [1]), (2 * GIB, 64 * GIB, [4]),
+        (600 * MIB, 64 * GIB, [1]), (200 * MIB, 64 * GIB, [1] * 6),
+    ],
+)  # fmt: skip
+def test_as_many_children_as_memory_allows_and_one_kernel_each_in_a_small_budget(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None, free: int, rounds: list[int]
 ) -> None:
-    started = []
+    started: list[list[tuple[int, int, int]]] = []
 
-    def child(wanted: KernelSet, first: int, stop: int) -> Any:
-        started.append((first, stop))
-        for number in range(first, min(stop, 3)):
-            yield f"kernel {number}", number, 3
-        return str(cache), 3
+    def one_round(wanted: KernelSet, parts: list[tuple[int, int, int]]) -> Any:
+        started.append(parts)
+        numbers = sorted(n for first, stop, step in parts for n in range(6)[first:stop:step])
+        for number in numbers:
+            yield f"kernel {number}", number, 6
+        return str(cache), 6
 
-    monkeypatch.setattr(compiling, "_child", child)
+    monkeypatch.setattr(compiling, "_round", one_round)
+    monkeypatch.setattr(compiling, "available_bytes", lambda: free)
+    monkeypatch.setattr(compiling, "default_threads", lambda: 8)
     seen = list(compile_apart(SET, budget))
-    assert seen == [(f"kernel {i}", i, 3) for i in range(3)]
-    assert len(started) == children
+    assert seen == [(f"kernel {i}", i, 6) for i in range(6)], "each kernel once"
+    assert [len(parts) for parts in started] == rounds
     assert is_compiled(SET) and list(compile_apart(SET, budget)) == []
+
+
+def test_a_child_that_fails_leaves_no_note(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One of two children ends with an error: what the other did is kept, but not called whole."""
+    script = "import sys; print('a', sys.argv[1], 4, flush=True); sys.exit(int(sys.argv[1]))"
+
+    def start(wanted: KernelSet, part: tuple[int, int, int]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, str(part[0])]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(compiling, "_start", start)
+    monkeypatch.setattr(compiling, "_children", lambda budget: 2)
+    assert list(compile_apart(SET, None)) == [("a", 0, 4), ("a", 1, 4)]
+    assert not is_compiled(SET)
+
+
+def test_children_end_with_whoever_wanted_them(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(wanted: KernelSet, part: tuple[int, int, int]) -> subprocess.Popen[str]:
+        script = "import time; print('a', 0, 4, flush=True); time.sleep(100)"
+        command = [sys.executable, "-c", script]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    monkeypatch.setattr(compiling, "_start", start)
+    monkeypatch.setattr(compiling, "_children", lambda budget: 2)
+    steps = compile_apart(SET, None)
+    next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    assert len(started) == 2 and all(child.returncode for child in started)
 
 
 @pytest.mark.parametrize("error", [None, OSError("no process"), ValueError("no such")])
