@@ -93,8 +93,8 @@ def attention_op(
     """
     return [
         q, q_stride, out, out_stride, keys, values, n_heads, layout.num_key_value_heads,
-        layout.head_dim, layout.rounded_context, abi.float_bits(scale * LOG2E), scratch, scratch_stride,
-        layout.value_width, query_bytes(layout.value_width),
+        layout.head_dim, layout.rounded_context, abi.float_bits(scale * LOG2E), scratch,
+        scratch_stride, layout.value_width, query_bytes(layout.value_width),
     ]  # fmt: skip
 
 

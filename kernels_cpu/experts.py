@@ -26,7 +26,7 @@ from edgert.kernels_cpu.atomic import (
     store_release,
 )
 from edgert.kernels_cpu.jit import inline
-from edgert.kernels_cpu.waiting import barrier, relax, stopped
+from edgert.kernels_cpu.waiting import barrier, chunk_of, relax, stopped
 
 __all__ = ["group_pairs", "run_experts"]
 
@@ -139,10 +139,14 @@ def finish_wave(streams: int, n_experts: int) -> int:
 
 
 @inline
-def multiply_wave(op: int, streams: int, cell: int, gate_up: bool, n_experts: int) -> None:
+def multiply_wave(
+    op: int, streams: int, cell: int, gate_up: bool, n_experts: int, threads: int
+) -> None:
     """One thread's share of the wave's products: gate and up (`gate_up` True), or down.
 
-    Units are row tiles, group by group, gate before up, handed out in chunks.
+    Units are row tiles, group by group, gate before up, handed out in chunks: long ones, which
+    read like one stream (8 of 64 experts of 2048 x 1024, 2 threads: 12.4 ms a token, and 17.0 in
+    chunks of 4 tiles).
     """
     board = arg(streams, rows.S_BOARD)
     address_at = board + 8 * (rows.BOARD_ARRAYS + 2 * n_experts)
@@ -151,7 +155,7 @@ def multiply_wave(op: int, streams: int, cell: int, gate_up: bool, n_experts: in
     tiles = arg(op, rows.E_FF_TILES) if gate_up else arg(op, rows.E_HIDDEN_TILES)
     per_group = 2 * tiles if gate_up else tiles
     units = arg(wave, 0) * per_group
-    chunk = arg(op, rows.E_CHUNK)
+    chunk = chunk_of(op, units, threads)
     while True:
         unit = atomic_add(cell, chunk)
         if unit >= units:
@@ -232,13 +236,13 @@ def run_experts(
                 store_int(stall, load_int(stall) + now_ns() - begin)
         if not barrier(control, streams, threads):
             return False
-        multiply_wave(op, streams, cells, True, n_experts)
+        multiply_wave(op, streams, cells, True, n_experts, threads)
         if not barrier(control, streams, threads):
             return False
         activate_wave(op, frame, streams, cells + rows.CELL, tid)
         if not barrier(control, streams, threads):
             return False
-        multiply_wave(op, streams, cells + 2 * rows.CELL, False, n_experts)
+        multiply_wave(op, streams, cells + 2 * rows.CELL, False, n_experts, threads)
         if not barrier(control, streams, threads):
             return False
         if tid == 0:

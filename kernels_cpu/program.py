@@ -22,7 +22,6 @@ __all__ = ["Experts", "Matrix", "Program", "ProgramBuilder", "Rows", "Segment"]
 
 
 CHUNK_MAX = 64  # units handed out at once at most
-EXPERT_CHUNK = 4  # row tiles of an expert: small, since few experts share the work
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,7 @@ class ProgramBuilder:
             rows.E_HIDDEN: experts.hidden_size, rows.E_FF: experts.intermediate_size,
             rows.E_FF_TILES: ff_tiles, rows.E_HIDDEN_TILES: hidden_tiles,
             rows.E_SWIGLU_FN: swiglu[0].address, rows.E_SWIGLU_OP: swiglu[1],
-            rows.E_SWIGLU_UNITS: swiglu[2], rows.E_CHUNK: EXPERT_CHUNK,
+            rows.E_SWIGLU_UNITS: swiglu[2], rows.CHUNK: CHUNK_MAX,
         }  # fmt: skip
         for field, value in fields.items():
             row[field] = value

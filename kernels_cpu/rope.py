@@ -96,7 +96,8 @@ def rope_and_store_op(
     Shapes: q rows of n_heads * head_dim float32, rotated in place; k, v rows of n_kv * head_dim
     (k is scratch afterwards); keys, values: the layer's cache (`KvLayout`); table: `rope_table`;
     qk_norm None, "head" (weights of head_dim) or "full" (weights of the whole row).
-    Give it chunks of 16 tokens: neighbouring positions share cache lines of the keys.
+    Give it chunks of 64 tokens: neighbouring positions share cache lines of the keys (512 tokens,
+    8 heads of 64, 2 threads: 0.4 ms a layer, and 0.46 to 1.1 in chunks of 16).
     """
     assert rope_dim % 2 == 0 and rope_dim <= layout.head_dim, rope_dim
     assert qk_norm is None or (q_weight and k_weight), "normalisation needs weights"

@@ -33,8 +33,8 @@ G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
     E_N_EXPERTS, E_GATE_FN, E_UP_FN, E_DOWN_FN, E_UP_OFFSET, E_DOWN_OFFSET,
     E_GATE_X, E_GATE_X_STRIDE, E_UP_X, E_UP_X_STRIDE, E_GATE, E_UP, E_FF_STRIDE,
     E_ACT, E_ACT_STRIDE, E_OUT, E_OUT_STRIDE, E_HIDDEN, E_FF, E_FF_TILES, E_HIDDEN_TILES,
-    E_SWIGLU_FN, E_SWIGLU_OP, E_SWIGLU_UNITS, E_CHUNK,
-) = range(8, 33)  # fmt: skip
+    E_SWIGLU_FN, E_SWIGLU_OP, E_SWIGLU_UNITS,
+) = range(8, 32)  # fmt: skip
 
 # Fields of the frame: one call of the team. The first two are known to the op kernels (abi.py).
 F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS = range(5)

@@ -26,16 +26,9 @@ from edgert.kernels_cpu.atomic import (
 )
 from edgert.kernels_cpu.experts import group_pairs, run_experts
 from edgert.kernels_cpu.jit import inline, kernel, void
-from edgert.kernels_cpu.waiting import await_order, await_value, barrier, stopped
+from edgert.kernels_cpu.waiting import await_order, await_value, barrier, chunk_of, stopped
 
 __all__ = ["begin_walk_kernel", "serve_kernel"]
-
-
-@inline
-def chunk_of(op: int, units: int, threads: int) -> int:
-    """Units to take at once: four turns a thread, so that one that lost its core costs little."""
-    chunk: int = max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
-    return chunk
 
 
 @inline

@@ -114,7 +114,7 @@ def exp2_ref(x: Any) -> _F32:
         p = fma_ref(_C6, r, _C5)
         for coefficient in (_C4, _C3, _C2, _C1, np.float32(1)):
             p = fma_ref(p, r, coefficient)
-        return np.asarray(p * (shifted.view(np.int32) << np.int32(23)).view(np.float32), np.float32)
+        return np.asarray(p * (shifted.view(np.int32) << np.int32(23)).view(np.float32))
 
 
 def lane_sum_ref(v: _F32) -> _F32:

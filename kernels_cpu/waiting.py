@@ -1,7 +1,8 @@
 """How the threads of a team wait: for each other, for weights, and not at all once stopped.
 
-Owns: the barrier, the waits for a value and for an order, the stop check. Must not know what is
-waited for.
+Owns: the barrier, the waits for a value and for an order, the stop check, and how much a thread
+takes at once, which is how long the others may have to wait for it. Must not know what is waited
+for.
 
 Spin 200 pauses, then yield, then sleep: a pure spin costs a scheduler quantum (4 ms) per op as soon
 as another program takes a core (862 ms a token in llama.cpp, 27 ms this way with one busy core).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.atomic import (
+    arg,
     atomic_add,
     await_notice,
     load_acquire,
@@ -24,7 +26,7 @@ from edgert.kernels_cpu.atomic import (
 )
 from edgert.kernels_cpu.jit import inline
 
-__all__ = ["await_order", "await_value", "barrier", "relax", "stopped"]
+__all__ = ["await_order", "await_value", "barrier", "chunk_of", "relax", "stopped"]
 
 SPIN = 200  # pauses before yielding
 YIELDS = 64  # yields before sleeping
@@ -42,6 +44,13 @@ def stopped(control: int, streams: int) -> bool:
         return True
     failed = load_int(streams + 8 * rows.S_EXPERT_FAILED)
     return bool(failed != 0 and load_acquire(failed) != 0)
+
+
+@inline
+def chunk_of(op: int, units: int, threads: int) -> int:
+    """Units to take at once: four turns a thread, so that one that lost its core costs little."""
+    chunk: int = max(1, min(arg(op, rows.CHUNK), units // (4 * threads)))
+    return chunk
 
 
 @inline

@@ -159,7 +159,7 @@ class _Wiring:
             style=spec.rope_style, qk_norm=spec.qk_norm, q_weight=norms[0], k_weight=norms[1],
             eps=spec.rms_norm_eps,
         )  # fmt: skip
-        self.builder.call(rope_and_store_kernel(layout.kv_type), arguments, 1, chunk=16)
+        self.builder.call(rope_and_store_kernel(layout.kv_type), arguments, 1)
         self.builder.barrier()
 
     def attend(self, layer: int) -> None:
