@@ -284,4 +284,4 @@ DIRECT: dict[str, Kernel] = {
 LOOKUP: dict[str, Kernel] = {}
 if AVAILABLE:
     LOOKUP = {"P1_32": _matmul_p1_32_lookup_kernel, "P1_128": _matmul_p1_128_lookup_kernel}
-KERNELS = DIRECT | LOOKUP
+KERNELS = DIRECT
