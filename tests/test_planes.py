@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from kernel_cases import random_activations
-from tests.seeded import random_blocks, uniform
 
 from edgert.errors import InputError
 from edgert.kernels_cpu import activations, layout, lut
@@ -25,6 +24,7 @@ from edgert.quant.metrics import max_abs_error, relative_rms
 from edgert.quant.packing import pack, unpack
 from edgert.quant.planes import dequantize_stack_ref, quantize, quantize_stack
 from edgert.quant.reference import dequantize_ref
+from tests.seeded import random_blocks, uniform
 
 FORMATS = list(PLANES.values())
 KERNELS = [PLANES[n] for n in ("P1_128", "P2_32", "P3_128", "P4_32")]  # every width, both groups
@@ -153,9 +153,7 @@ def test_each_level_of_a_stack_lessens_the_error() -> None:
     x = normal("stack", (64, 1024))
     formats = [PLANES["P1_128"]] * 4
     stack = quantize_stack(formats, x)
-    errors = [
-        relative_rms(dequantize_stack_ref(formats[:n], stack[:n]), x) for n in range(1, 5)
-    ]
+    errors = [relative_rms(dequantize_stack_ref(formats[:n], stack[:n]), x) for n in range(1, 5)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.19
     base, plane = PLANES["P3_128"], PLANES["P1_128"]
     nested = dequantize_stack_ref([base, plane], quantize_stack([base, plane], x))
@@ -229,10 +227,9 @@ def test_tables_equal_their_reference() -> None:
     x = activations.quantize_ref(random_activations(1, 128, np.random.default_rng(2)))
     q = x.view(activations.RECORD)["q"]
     q[0, 0], q[0, 1, ::2] = 127, -127
-    tables, scales = np.zeros((4, lut.TABLE_BYTES), np.uint8), np.zeros((4, 2), np.float32)
-    lut.make_tables(x.ctypes.data, 4, tables.ctypes.data, scales.ctypes.data)
+    tables = np.zeros((4, lut.TABLE_BYTES), np.uint8)
+    lut.make_tables(x.ctypes.data, 4, tables.ctypes.data)
     assert np.array_equal(tables, lut.tables_ref(x)[0]) and tables.max() == 31
-    assert np.array_equal(scales[:, 0], x.view(activations.RECORD)["d"][0])
 
 
 @lookups
