@@ -39,10 +39,7 @@ from edgert.kernels_cpu.simd import (
     fma,
     i32_to_f32,
     ld_f16x16,
-    ld_f32,
     ld_f32x16,
-    ld_i16,
-    st_f32,
     st_f32x16,
     stack_buffer,
     vadd,
@@ -106,21 +103,16 @@ def _make_table(context: Any, b: Any, sig: Any, args: Any) -> Any:
 
 
 @inline
-def _tables(x: Any, blocks: Any, tables: Any, scales: Any) -> None:
-    """Tables of `blocks` blocks of activations at `x`, and of each d_x and d_x * float(sum_x)."""
+def _tables(x: Any, blocks: Any, tables: Any) -> None:
+    """Tables of `blocks` blocks of activations at `x`."""
     for i in range(blocks):
-        at = x + BLOCK_BYTES * i
-        _make_table(at, tables + TABLE_BYTES * i)
-        d = ld_f32(at + 32)
-        total = ld_i16(at + 36) + ld_i16(at + 38)
-        st_f32(scales + 8 * i, d)
-        st_f32(scales + 8 * i + 4, d * np.float32(total))
+        _make_table(x + BLOCK_BYTES * i, tables + TABLE_BYTES * i)
 
 
-@kernel(void("iiii"))
-def make_tables(x: int, blocks: int, tables: int, scales: int) -> None:
-    """As `tables_ref` for one row of quantised activations; `scales`: float32 [blocks, 2]."""
-    _tables(x, blocks, tables, scales)
+@kernel(void("iii"))
+def make_tables(x: int, blocks: int, tables: int) -> None:
+    """As `tables_ref` for one row of quantised activations."""
+    _tables(x, blocks, tables)
 
 
 # --- lookups ----------------------------------------------------------------------------------
@@ -190,13 +182,13 @@ _dot = operation(vec("i32", 16), (types.intp, types.intp), _emit_dot)
 
 # --- a single token -----------------------------------------------------------------------------
 
-_panel_tables, _panel_scales = stack_buffer(PANEL * 8), stack_buffer(PANEL // 4)
+_panel_tables = stack_buffer(PANEL // BLOCK * TABLE_BYTES)
 _sums = stack_buffer(64 * TILES_AT_ONCE)
 _prefetch_1 = prefetch_lines(1)
 
 
 @inline
-def _panel(p: Any, groups: Any, blocks: Any, tables: Any, scales: Any, acc: Any) -> Any:
+def _panel(p: Any, groups: Any, blocks: Any, tables: Any, x: Any, acc: Any) -> Any:
     """`groups` groups of `blocks` blocks of the tile piece at `p`, added to `acc`."""
     for _ in range(groups):
         d, m = ld_f16x16(p), ld_f16x16(p + 32)
@@ -204,11 +196,11 @@ def _panel(p: Any, groups: Any, blocks: Any, tables: Any, scales: Any, acc: Any)
         p += 64
         for _ in range(blocks):
             _prefetch_1(p)
-            acc = fma(i32_to_f32(_dot(p, tables)), vmul(d, bc_f32x16(scales)), acc)
-            acc = fma(m, bc_f32x16(scales + 4), acc)
+            acc = fma(i32_to_f32(_dot(p, tables)), vmul(d, bc_f32x16(x + 32)), acc)
+            acc = fma(m, bc_f32x16(x + 40), acc)
             p += 64
             tables += TABLE_BYTES
-            scales += 8
+            x += BLOCK_BYTES
     return acc
 
 
@@ -217,19 +209,20 @@ def _some_tiles(
     blocks: Any, w: Any, x: Any, y: Any, K: Any, start: Any, stop: Any, mode: Any, bias: Any
 ) -> None:
     """Tiles start..stop-1, at most `TILES_AT_ONCE`, of one token at `x`, to `y`."""
-    tables, scales, sums = _panel_tables(), _panel_scales(), _sums()
+    tables, sums = _panel_tables(), _sums()
     group_bytes = 64 + 64 * blocks
     tile_bytes = K // (BLOCK * blocks) * group_bytes
     for k in range(0, K, PANEL):
         width = min(PANEL, K - k)
-        _tables(x + k // BLOCK * BLOCK_BYTES, width // BLOCK, tables, scales)
+        panel_x = x + k // BLOCK * BLOCK_BYTES
+        _tables(panel_x, width // BLOCK, tables)
         groups = width // (BLOCK * blocks)
         for tile in range(start, stop):
             acc = zero_f32x16()
             if k != 0:
                 acc = ld_f32x16(sums + 64 * (tile - start))
             piece = w + tile * tile_bytes + k // (BLOCK * blocks) * group_bytes
-            acc = _panel(piece, groups, blocks, tables, scales, acc)
+            acc = _panel(piece, groups, blocks, tables, panel_x, acc)
             st_f32x16(sums + 64 * (tile - start), acc)
     for tile in range(start, stop):
         value = ld_f32x16(sums + 64 * (tile - start))

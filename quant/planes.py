@@ -134,9 +134,7 @@ def _best(x: Array, weight: Array, levels: int) -> tuple[Array, Array]:
     return best_d, best_m
 
 
-def _least_squares(
-    x: Array, q: Array, weight: Array, d: Array, m: Array
-) -> tuple[Array, Array]:
+def _least_squares(x: Array, q: Array, weight: Array, d: Array, m: Array) -> tuple[Array, Array]:
     """The d and m that minimise sum(weight * (d q + m - x)^2); unchanged where q has one value."""
     total = weight.sum(-1, keepdims=True)
     mean_q = (weight * q).sum(-1, keepdims=True) / total
