@@ -17,6 +17,10 @@ AVX2 `vpshufb` looks up 32 in two tables, after the bytes of 16 rows were transp
 made for `PANEL` weights at a time, so that they stay in L1, and serve `TILES_AT_ONCE` tiles.
 The float operations are those of `matmul_planes`, in the same order.
 
+Measured (README): up to 1.5 times as fast as direct from the cache, and 0.6 of it from DRAM. Four
+tables a block are four cache lines for one of weights: those of a whole row push the weights' stream
+out of L1, and panels that do fit break the stream in pieces that the hardware does not prefetch.
+
 Owns: tables, lookups, the order of work for a single token. Must not know: other widths.
 """
 
@@ -149,7 +153,7 @@ def _by_byte(b: Any, units: Any) -> list[Any]:
     rows = [b.bitcast(_shuffle(b, v, v, lanes), words) for v in dots.split(b, units, 32)]
     columns = []
     for index in ([0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]):
-        both = b.bitcast(_shuffle(b, *rows, index), pairs)
+        both = b.bitcast(_shuffle(b, rows[0], rows[1], index), pairs)
         columns.append(b.bitcast(_shuffle(b, both, both, [0, 2, 1, 3]), _I8x32))
     return columns
 

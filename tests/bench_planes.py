@@ -66,7 +66,8 @@ def run(call: Kernel, tile_bytes: int, nbytes: int, tokens: int, threads: int) -
                 return
             call(
                 WEIGHTS.ctypes.data, X.ctypes.data, X.strides[0], Y.ctypes.data, Y.nbytes // 8, K,
-                start, min(start + CHUNK, tiles), tokens, INDEX.ctypes.data, INDEX.ctypes.data, 0, 0,
+                start, min(start + CHUNK, tiles), tokens, INDEX.ctypes.data, INDEX.ctypes.data,
+                0, 0,
             )  # fmt: skip
 
     return together(work, threads)
