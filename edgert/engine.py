@@ -116,9 +116,7 @@ class Engine:
         self._held.append(self.forward.close)
         trim_heap()
 
-    def _take_buffers(
-        self, need: Need
-    ) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
+    def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
         plan = self.plan
         found = {}

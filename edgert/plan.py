@@ -69,6 +69,7 @@ class Kept:
     expert_slots: int
     embedding: bool
 
+
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
     """What the caller asks for; None lets the planner choose."""

@@ -174,9 +174,7 @@ class Weights:
     def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
         record = self._need.experts[layer]
         starts = (0, record.up_offset, record.down_offset)
-        for name, fmt, part, start in zip(
-            record.tensors, record.formats, raw, starts, strict=True
-        ):
+        for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
             n_rows, columns = self._manifest.tensors[name].shape[1:]
             nbytes = -(-n_rows // TILE_ROWS) * tile_bytes(fmt, columns)
             repack(fmt, part, n_rows, columns, slot[start : start + nbytes])

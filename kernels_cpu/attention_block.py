@@ -251,9 +251,7 @@ def attend_block(
     total = scratch + 4 * width
     scores = total + 4 * width
     for i in range(queries):
-        _store_four(
-            scores + i * each, zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
-        )
+        _store_four(scores + i * each, zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16())
     _multiply(scores, scratch, each, queries, keys, BLOCK * size, D, BLOCK, values, half)
     for i in range(queries):
         sees = seen + i // shared

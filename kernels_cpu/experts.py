@@ -206,9 +206,7 @@ def activate_wave(op: int, frame: int, streams: int, cell: int, tid: int) -> Non
         unit = atomic_add(cell, 1)
         if unit >= units:
             return
-        call_op(
-            arg(op, rows.E_SWIGLU_FN), arg(op, rows.E_SWIGLU_OP), frame, unit, unit + 1, tid
-        )
+        call_op(arg(op, rows.E_SWIGLU_FN), arg(op, rows.E_SWIGLU_OP), frame, unit, unit + 1, tid)
 
 
 @inline

@@ -187,9 +187,7 @@ def test_sessions_that_take_turns_are_as_good_as_alone(model: Path, spare: int |
 
 
 @pytest.mark.parametrize("spare", [0, None])
-def test_threads_that_generate_at_once_are_as_good_as_alone(
-    model: Path, spare: int | None
-) -> None:
+def test_threads_that_generate_at_once_are_as_good_as_alone(model: Path, spare: int | None) -> None:
     starts = [prompt(model)[:20], prompt(model)[20:40], prompt(model)[:25]]
     found: dict[int, tuple[int, ...]] = {}
     with tight(model, spare, prefill_tokens=16) as engine:

@@ -181,7 +181,9 @@ def test_a_generator_that_is_closed_early_ends_its_generation(model: Path) -> No
 
 
 def test_close_while_another_thread_generates_ends_it(model: Path) -> None:
-    code = OPEN + """
+    code = (
+        OPEN
+        + """
 for turn in range(12):
     engine = tight(path, 0 if turn % 2 else None, prefill_tokens=1)
     ended, under_way = [], threading.Event()
@@ -202,11 +204,14 @@ for turn in range(12):
     assert ended in (["cancelled"], ["the engine is closed; load the model again"]), ended
 print("done")
 """
+    )
     assert child(code, model) == "done\n"
 
 
 def test_a_generation_that_goes_on_after_close_is_told(model: Path) -> None:
-    code = OPEN + """
+    code = (
+        OPEN
+        + """
 import os
 timer = threading.Timer(60, os._exit, [3])
 timer.daemon = True
@@ -223,6 +228,7 @@ for later in (events, session.generate(tokens, engine.options(max_tokens=3))):
         print(error, flush=True)
 os._exit(0)
 """
+    )
     told = {"the engine is closed; load the model again", "['cancelled']"}
     lines = child(code, model).splitlines()
     assert len(lines) == 2 and set(lines) <= told
@@ -233,7 +239,9 @@ os._exit(0)
 
 def test_ctrl_c_during_a_pass_ends_it_and_the_engine_goes_on(model: Path) -> None:
     """A real signal while the main thread waits for weights that never come."""
-    code = OPEN + """
+    code = (
+        OPEN
+        + """
 import os, signal, time
 from tests.test_engine_faults import Gate, answer
 gates = []
@@ -259,6 +267,7 @@ with tight(path, 0, backend=backend) as engine:
         assert answer(engine) == want
 print("done")
 """
+    )
     assert child(code, model) == "done\n"
 
 
@@ -268,7 +277,9 @@ def test_ctrl_c_at_any_line_leaves_a_sound_engine(model: Path) -> None:
     Each line is interrupted the first and the last time it runs. The interrupt comes
     from a trace function, where the interpreter itself would raise it.
     """
-    code = OPEN + """
+    code = (
+        OPEN
+        + """
 import os
 from edgert.storage.backend import MemoryBackend
 from tests.test_engine_faults import answer
@@ -316,5 +327,6 @@ with tight(path, int(sys.argv[2]), prefill_tokens=4, backend=backend) as engine:
 assert len(times) > 60 and len(numbers) > 100, (len(times), len(numbers))
 print("done")
 """
+    )
     spare = 0 if model.name.startswith("llama") else 200 * KIB
     assert child(code, model, spare) == "done\n"

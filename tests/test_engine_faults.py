@@ -228,7 +228,9 @@ path, tokens = Path(sys.argv[1]), [1, 30, 40, 50, 60, 70, 80]
 
 
 def test_the_peak_of_a_process_stays_below_its_budget(model: Path) -> None:
-    code = OPEN + """
+    code = (
+        OPEN
+        + """
 import edgert
 from edgert.errors import BudgetError
 try:
@@ -241,5 +243,6 @@ with edgert.load(path, memory_budget=budget, threads=2) as engine:
     report = engine.memory()
     print(engine.plan.total_bytes, report.resident_bytes, report.peak_bytes, report.budget_bytes)
 """
+    )
     planned, resident, peak, budget = map(int, child(code, model).split())
     assert planned <= budget and resident <= peak <= budget < 512 * 2**20

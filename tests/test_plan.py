@@ -87,9 +87,7 @@ def assert_sound(name: str, found: Plan) -> None:
 
     rows: dict[str, list[range]] = {}
     for tile in found.tiles:
-        rows.setdefault(tile.tensor, []).append(
-            range(tile.first_row, tile.first_row + tile.rows)
-        )
+        rows.setdefault(tile.tensor, []).append(range(tile.first_row, tile.first_row + tile.rows))
         entry = manifest.tensors[tile.tensor]
         assert tile.extent == entry.rows(tile.first_row, tile.first_row + tile.rows)
         assert tile.stream_index < 0 or tile.nbytes <= found.slot_bytes
@@ -133,9 +131,7 @@ def assert_sound(name: str, found: Plan) -> None:
 def test_any_budget_from_the_floor_on_has_a_sound_plan(
     name: str, share: float, context: int | None, chunk: int | None, kv: str, threads: int
 ) -> None:
-    options = dict(
-        context_length=context, prefill_tokens=chunk, kv_cache_type=kv, threads=threads
-    )
+    options = dict(context_length=context, prefill_tokens=chunk, kv_cache_type=kv, threads=threads)
     floor, full = ends(name, **options)
     found = plan(name, floor + int((full - floor) * share), **options)
     assert_sound(name, found)

@@ -156,9 +156,7 @@ def test_a_tile_that_never_comes_does_not_hold_the_walk(
 def group_ref(ids: Ints, n_experts: int) -> list[tuple[int, list[int]]]:
     """(expert, ids of its pairs in ascending order) for every expert that was chosen."""
     flat = ids.ravel()
-    return [
-        (e, np.flatnonzero(flat == e).tolist()) for e in range(n_experts) if (flat == e).any()
-    ]
+    return [(e, np.flatnonzero(flat == e).tolist()) for e in range(n_experts) if (flat == e).any()]
 
 
 @pytest.mark.parametrize("routing", ["random", "one for all", "each its own"])
