@@ -18,8 +18,8 @@ made for `PANEL` weights at a time, so that they stay in L1, and serve `TILES_AT
 The float operations are those of `matmul_planes`, in the same order.
 
 Measured (README): up to 1.5 times as fast as direct from the cache, and 0.6 of it from DRAM. Four
-tables a block are four cache lines for one of weights: those of a whole row push the weights' stream
-out of L1, and panels that do fit break the stream in pieces that the hardware does not prefetch.
+tables a block are four cache lines for one of weights: those of a whole row push the weights'
+stream out of L1, and panels that fit cut the stream in pieces that no hardware prefetch follows.
 
 Owns: tables, lookups, the order of work for a single token. Must not know: other widths.
 """
