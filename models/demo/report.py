@@ -60,7 +60,7 @@ def documents(
     """Return (a table line, the experts' shares) of 300 validation stories, each alone."""
     loss, count, nbytes, usage = 0.0, 0, 0, []
     with torch.no_grad():
-        for ids, head in validation_documents(texts, tokenizer, chat=chat)[:300]:
+        for ids, head, _ in validation_documents(texts, tokenizer, chat=chat)[:300]:
             row = torch.tensor([ids[:513]])
             logits = net(row[:, :-1])[0, head - 1 :]
             loss += float(F.cross_entropy(logits, row[0, head:], reduction="sum"))

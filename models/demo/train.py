@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from export import load_gguf
 from moe import Config, StoryNet
 from optim import Team, optimisers
 from stories import Texts, load_texts
@@ -42,7 +43,7 @@ class Epochs:
         if self.at + self.args.batch > len(self.rows[0]):
             rng = random.Random(self.args.seed + self.number)
             documents = epoch_documents(self.texts, self.tokenizer, rng)
-            self.rows = to_rows(documents, self.args.context, self.end)
+            self.rows = to_rows(documents, self.args.context, self.end, self.args.stress)
             order = torch.tensor(rng.sample(range(len(self.rows[0])), len(self.rows[0])))
             self.rows = (self.rows[0][order], self.rows[1][order])
             self.number, self.at = self.number + 1, 0
@@ -51,9 +52,9 @@ class Epochs:
         return self.rows[0][chosen], self.rows[1][chosen]
 
 
-def to_rows(documents: Row, context: int, end: int) -> Rows:
+def to_rows(documents: Row, context: int, end: int, stress: float = 1.0) -> Rows:
     """Return packed rows as tensors."""
-    ids, weights = build_rows(documents, context, end)
+    ids, weights = build_rows(documents, context, end, stress)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
@@ -81,7 +82,7 @@ def step(
     starts = range(0, len(mine[0]), args.slice)
     for at in starts:
         ids, weights = (part[at : at + args.slice].to(args.device) for part in mine)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.float32):
             loss = net.losses(ids, weights) / scored
         balance, z = net.router_losses()
         extra = (args.balance * balance + 1e-4 * z) / (len(starts) * team.size)
@@ -131,6 +132,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         for optimiser, content in zip(opts, saved["optimisers"], strict=True):
             optimiser.load_state_dict(content)
         state = saved["state"] | {"best": float("inf")}
+    elif args.init:
+        net.load_state_dict(load_gguf(args.init)[0])
     # From here on the workers draw different dropout.
     torch.manual_seed(args.seed + 1000 * rank + int(state["steps"]))
     args.first_epoch = int(state["epoch"])
@@ -189,13 +192,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         tokenizer = Tokenizer.from_file(str(args.resume.parent / "tokenizer.json"))
+    elif args.init:
+        tokenizer = load_gguf(args.init)[1]
     else:
         tokenizer = train_tokenizer(load_texts(args.text).train, args.vocab)
     tokenizer.save(str(args.out / "tokenizer.json"))
     if args.workers == 1:
         train(0, args)
     else:
-        torch.multiprocessing.spawn(train, (args,), args.workers)
+        # Forked workers keep this command line, by which the run can be found and paused.
+        torch.multiprocessing.start_processes(
+            train, (args,), args.workers, start_method="fork"
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -206,6 +214,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for checkpoints and vocabulary")
     add("--minutes", type=float, default=60.0, help="length of the run")
     add("--resume", type=Path, help="a last.pt to go on from, vocabulary beside it")
+    add("--init", type=Path, help="a GGUF file to train further, with a fresh optimiser")
     add("--toy", action="store_true", help="a small fast run, to see that everything works")
     add("--optimiser", choices=("muon", "adamw"), default="muon")
     add("--lr", type=float, default=4e-3)
@@ -214,6 +223,7 @@ def arguments() -> argparse.Namespace:
     add("--warmup", type=int, default=60, help="steps of rising rate")
     add("--dropout", type=float, default=0.1)
     add("--balance", type=float, default=0.01, help="weight of the load-balance loss")
+    add("--stress", type=float, default=5.0, help="weight of a requested word's first mention")
     add("--layers", type=int, default=5)
     add("--experts", type=int, default=8)
     add("--expert-size", type=int, default=256)
@@ -221,6 +231,7 @@ def arguments() -> argparse.Namespace:
     add("--context", type=int, default=512)
     add("--batch", type=int, default=16, help="rows per update")
     add("--slice", type=int, default=2, help="rows per pass; small ones stay in a CPU's caches")
+    add("--float32", action="store_true", help="no bfloat16 in the matrix products")
     add("--held", type=int, default=64, help="validation rows per check, of each form")
     add("--every", type=float, default=2.0, help="minutes between validations")
     add("--seed", type=int, default=1)
