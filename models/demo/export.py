@@ -2,9 +2,9 @@
 
     python models/demo/export.py --run DIR --out models/demo/stories-moe.gguf
 
-Owns the names, the metadata and the chat template of the file, and reads it back for training. Needs PyTorch, tokenizers and
-gguf. Matrices are Q8_0 (or F32 with --type f32), norms and routers F32; the output matrix is the
-embedding, so it is not stored twice.
+Owns the names, the metadata and the chat template of the file, and reads it back for training.
+Needs PyTorch, tokenizers and gguf. Matrices are Q8_0 (or F32 with --type f32), norms and routers
+F32; the output matrix is the embedding, so it is not stored twice.
 """
 
 from __future__ import annotations

@@ -250,7 +250,9 @@ def exchange(story: str, groups: tuple[tuple[str, ...], ...], rng: random.Random
         return article + word + match["plural"]
 
     # A teddy bear is no bear, and the sky stays blue.
-    pattern = rf"\b(?P<article>[Aa]n? )?(?<!teddy )(?P<word>{'|'.join(swap)})(?P<plural>s?)\b(?! sky)"
+    pattern = (
+        rf"\b(?P<article>[Aa]n? )?(?<!teddy )(?P<word>{'|'.join(swap)})(?P<plural>s?)\b(?! sky)"
+    )
     return re.sub(pattern, new, story)
 
 

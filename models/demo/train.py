@@ -5,8 +5,9 @@
 
 Owns the schedule and the checkpoints. Needs PyTorch and the package tokenizers,
 which edgert itself does not. The schedule follows the clock: the learning rate stays constant
-and falls to zero over the last part of the given minutes. `last.pt` holds everything to go on
-from, `best.pt` the weights of the lowest validation loss.
+and falls to zero over the last part of the given minutes. `--init` starts from the weights of a
+GGUF file. `last.pt` holds everything to go on from, `best.pt` the weights of the lowest
+validation loss.
 """
 
 from __future__ import annotations
@@ -201,9 +202,7 @@ def main() -> None:
         train(0, args)
     else:
         # Forked workers keep this command line, by which the run can be found and paused.
-        torch.multiprocessing.start_processes(
-            train, (args,), args.workers, start_method="fork"
-        )
+        torch.multiprocessing.start_processes(train, (args,), args.workers, start_method="fork")
 
 
 def arguments() -> argparse.Namespace:
