@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> str:
     rows += [f"| {i} | {' '.join(f'{float(s):.3f}' for s in r)} |" for i, r in enumerate(shares)]
     parts = [
         f"{state['steps']:.0f} updates over {state['tokens'] / 1e6:.2f} million scored tokens, "
-        f"{state['epoch']:.0f} passes over the stories.",
+        f"{state['epoch']:.0f} passes over the stories begun.",
         "\n".join(table),
         agreement(net, llama, tokenizer, texts.validation_text),
         "\n".join(rows),
