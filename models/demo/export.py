@@ -90,10 +90,11 @@ def _metadata(writer: gguf.GGUFWriter, c: Config, file_type: int) -> None:
         "(CDLA-Sharing-1.0) for edgert."
     )
     writer.add_languages(["en"])
-    # A small model goes round in circles without a penalty.
+    # A small model goes round in circles without a penalty; 1.15 also drove out the things asked
+    # for: "a dog and a red ball" had all three words in 16 stories of 30, at 1.07 in 20.
     writer.add_float32("general.sampling.temp", 0.7)
     writer.add_float32("general.sampling.top_p", 0.9)
-    writer.add_float32("general.sampling.penalty_repeat", 1.15)
+    writer.add_float32("general.sampling.penalty_repeat", 1.07)
     writer.add_file_type(file_type)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
