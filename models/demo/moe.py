@@ -73,8 +73,8 @@ class _Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.view(b, t, -1, self.c.head_dim)
 
-        q = _rope(self.q_norm(heads(self.q(x))).transpose(1, 2), cos, sin)
-        k = _rope(self.k_norm(heads(self.k(x))).transpose(1, 2), cos, sin)
+        q = _rope(self.q_norm(heads(self.q(x)).float()).transpose(1, 2), cos, sin)
+        k = _rope(self.k_norm(heads(self.k(x)).float()).transpose(1, 2), cos, sin)
         v = heads(self.v(x)).transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1]
@@ -114,9 +114,10 @@ class _Experts(nn.Module):
         self.router_z = scores.logsumexp(-1).square().mean()
         token = order // self.k
         parts = []
-        for e, xs in enumerate(flat[token].split(counts.tolist())):
-            inner = F.silu(F.linear(xs, self.gate[e])) * F.linear(xs, self.up[e])
-            parts.append(F.linear(inner, self.down[e]))
+        # Unbound, since the gradient of an index would be a zero array as large as all experts.
+        experts = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        for xs, (gate, up, down) in zip(flat[token].split(counts.tolist()), experts, strict=True):
+            parts.append(F.linear(F.silu(F.linear(xs, gate)) * F.linear(xs, up), down))
         out = torch.cat(parts) * weight.reshape(-1)[order, None].to(parts[0].dtype)
         return torch.zeros_like(flat, dtype=out.dtype).index_add_(0, token, out).view(x.shape)
 
@@ -173,7 +174,8 @@ class StoryNet(nn.Module):
         kept = weights.reshape(-1) > 0
         states = self.hidden(ids[:, :-1]).reshape(-1, self.config.hidden_size)[kept]
         logits = F.linear(states, self.embed.weight).float()
-        return F.cross_entropy(logits, ids[:, 1:].reshape(-1)[kept], reduction="sum")
+        losses = F.cross_entropy(logits, ids[:, 1:].reshape(-1)[kept], reduction="none")
+        return losses @ weights.reshape(-1)[kept]
 
     def router_losses(self) -> tuple[Tensor, Tensor]:
         """Return the layers' mean (load-balance loss, router z loss) of the last pass."""

@@ -58,7 +58,7 @@ class Team:
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     """Return g [..., rows, columns] with its singular values brought near one."""
-    x = g.bfloat16() if g.is_cuda else g
+    x = g.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -12,6 +12,7 @@ import argparse
 import math
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def documents(
     """Return (a table line, the experts' shares) of 300 validation stories, each alone."""
     loss, count, nbytes, usage = 0.0, 0, 0, []
     with torch.no_grad():
-        for ids, head in validation_documents(texts, tokenizer, chat=chat)[:300]:
+        for ids, head, _ in validation_documents(texts, tokenizer, chat=chat)[:300]:
             row = torch.tensor([ids[:513]])
             logits = net(row[:, :-1])[0, head - 1 :]
             loss += float(F.cross_entropy(logits, row[0, head:], reduction="sum"))
@@ -91,30 +92,38 @@ def agreement(net: StoryNet, llama: Llama, tokenizer: Tokenizer, text: str) -> s
     )
 
 
-def tell(llama: Llama, prompt: str, *, greedy: bool, seed: int = 1) -> str:
-    """Return the file's continuation of a plain beginning or of a rendered request."""
+def tell(llama: Llama, prompt: str, *, greedy: bool, seed: int = 1) -> tuple[str, bool]:
+    """Return (the file's continuation of a beginning or a rendered request, whether it ended)."""
     ids = llama.tokenize(prompt.encode(), add_bos=True, special=True)
     heat = {"temperature": 0.0} if greedy else {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
     out = llama.create_completion(ids, max_tokens=400, seed=seed, repeat_penalty=1.0, **heat)
-    return out["choices"][0]["text"]
+    return out["choices"][0]["text"], out["choices"][0]["finish_reason"] == "stop"
+
+
+def loops(story: str) -> bool:
+    """Return whether some eight words come three times or more."""
+    words = re.findall(r"[a-z']+", story.lower())
+    return max(Counter(zip(*(words[i:] for i in range(8)), strict=False)).values(), default=0) > 2
 
 
 def obedience(llama: Llama, lexicon: Lexicon, number: int) -> str:
-    """Return how often the words of made-up requests come back in the stories told."""
+    """Return how often the words of made-up requests come back, and how the stories run."""
     rng = random.Random(11)
     common = sorted(lexicon.nouns, key=lambda w: (-lexicon.stories[w], w))[:250]
     things = [w for w in common if not w.endswith("s")]
-    found = whole = 0
+    found = whole = looped = ended = 0
     for i in range(number):
         pair = rng.sample(things, 2)
         line = f"Tell me a story about a {pair[0]} and a {pair[1]}."
-        story = tell(llama, USER + line + ASSISTANT, greedy=False, seed=i).lower()
-        hits = [bool(re.search(rf"\b{w}", story)) for w in pair]
+        story, end = tell(llama, USER + line + ASSISTANT, greedy=False, seed=i)
+        hits = [bool(re.search(rf"\b{w}", story.lower())) for w in pair]
         found, whole = found + sum(hits), whole + all(hits)
+        looped, ended = looped + loops(story), ended + end
     return (
         f"{number} requests, each of two things drawn by chance from the 250 commonest nouns: "
         f"{found} of {2 * number} things appear in the story told, both in {whole} of {number} "
-        "(temperature 0.7, top-p 0.9)."
+        f"(temperature 0.7, top-p 0.9). In {looped} of the stories some eight words come three "
+        f"times or more; {ended} end by themselves within 400 tokens."
     )
 
 
@@ -125,10 +134,10 @@ def samples(llama: Llama) -> list[str]:
         out.append(f"### Samples, {'greedy' if greedy else 'temperature 0.7, top-p 0.9, seed 1'}")
         for start in BEGINNINGS:
             out.append(f"Plain, from **{start}**")
-            out.append(_quote(start + tell(llama, start, greedy=greedy)))
+            out.append(_quote(start + tell(llama, start, greedy=greedy)[0]))
         for request in REQUESTS:
             out.append(f"Chat: **{request}**")
-            out.append(_quote(tell(llama, USER + request + ASSISTANT, greedy=greedy)))
+            out.append(_quote(tell(llama, USER + request + ASSISTANT, greedy=greedy)[0]))
     return out
 
 
@@ -154,7 +163,7 @@ def measure(args: argparse.Namespace) -> str:
     rows += [f"| {i} | {' '.join(f'{float(s):.3f}' for s in r)} |" for i, r in enumerate(shares)]
     parts = [
         f"{state['steps']:.0f} updates over {state['tokens'] / 1e6:.2f} million scored tokens, "
-        f"{state['epoch']:.0f} passes over the stories.",
+        f"{state['epoch']:.0f} passes over the stories begun.",
         "\n".join(table),
         agreement(net, llama, tokenizer, texts.validation_text),
         "\n".join(rows),

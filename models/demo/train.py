@@ -5,8 +5,9 @@
 
 Owns the schedule and the checkpoints. Needs PyTorch and the package tokenizers,
 which edgert itself does not. The schedule follows the clock: the learning rate stays constant
-and falls to zero over the last part of the given minutes. `last.pt` holds everything to go on
-from, `best.pt` the weights of the lowest validation loss.
+and falls to zero over the last part of the given minutes. `--init` starts from the weights of a
+GGUF file. `last.pt` holds everything to go on from, `best.pt` the weights of the lowest
+validation loss.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from export import load_gguf
 from moe import Config, StoryNet
 from optim import Team, optimisers
 from stories import Texts, load_texts
@@ -42,7 +44,7 @@ class Epochs:
         if self.at + self.args.batch > len(self.rows[0]):
             rng = random.Random(self.args.seed + self.number)
             documents = epoch_documents(self.texts, self.tokenizer, rng)
-            self.rows = to_rows(documents, self.args.context, self.end)
+            self.rows = to_rows(documents, self.args.context, self.end, self.args.stress)
             order = torch.tensor(rng.sample(range(len(self.rows[0])), len(self.rows[0])))
             self.rows = (self.rows[0][order], self.rows[1][order])
             self.number, self.at = self.number + 1, 0
@@ -51,9 +53,9 @@ class Epochs:
         return self.rows[0][chosen], self.rows[1][chosen]
 
 
-def to_rows(documents: Row, context: int, end: int) -> Rows:
+def to_rows(documents: Row, context: int, end: int, stress: float = 1.0) -> Rows:
     """Return packed rows as tensors."""
-    ids, weights = build_rows(documents, context, end)
+    ids, weights = build_rows(documents, context, end, stress)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
@@ -81,7 +83,7 @@ def step(
     starts = range(0, len(mine[0]), args.slice)
     for at in starts:
         ids, weights = (part[at : at + args.slice].to(args.device) for part in mine)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.float32):
             loss = net.losses(ids, weights) / scored
         balance, z = net.router_losses()
         extra = (args.balance * balance + 1e-4 * z) / (len(starts) * team.size)
@@ -131,6 +133,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         for optimiser, content in zip(opts, saved["optimisers"], strict=True):
             optimiser.load_state_dict(content)
         state = saved["state"] | {"best": float("inf")}
+    elif args.init:
+        net.load_state_dict(load_gguf(args.init)[0])
     # From here on the workers draw different dropout.
     torch.manual_seed(args.seed + 1000 * rank + int(state["steps"]))
     args.first_epoch = int(state["epoch"])
@@ -189,13 +193,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.resume:
         tokenizer = Tokenizer.from_file(str(args.resume.parent / "tokenizer.json"))
+    elif args.init:
+        tokenizer = load_gguf(args.init)[1]
     else:
         tokenizer = train_tokenizer(load_texts(args.text).train, args.vocab)
     tokenizer.save(str(args.out / "tokenizer.json"))
     if args.workers == 1:
         train(0, args)
     else:
-        torch.multiprocessing.spawn(train, (args,), args.workers)
+        # Forked workers keep this command line, by which the run can be found and paused.
+        torch.multiprocessing.start_processes(train, (args,), args.workers, start_method="fork")
 
 
 def arguments() -> argparse.Namespace:
@@ -206,29 +213,34 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for checkpoints and vocabulary")
     add("--minutes", type=float, default=60.0, help="length of the run")
     add("--resume", type=Path, help="a last.pt to go on from, vocabulary beside it")
+    add("--init", type=Path, help="a GGUF file to train further, with a fresh optimiser")
     add("--toy", action="store_true", help="a small fast run, to see that everything works")
     add("--optimiser", choices=("muon", "adamw"), default="muon")
-    add("--lr", type=float, default=4e-3)
-    add("--weight-decay", type=float, default=0.1)
-    add("--decay-share", type=float, default=0.4, help="last share of the time, rate falling to 0")
+    add("--lr", type=float, default=3e-3)
+    add("--weight-decay", type=float, default=0.3)
+    add("--decay-share", type=float, default=0.5, help="last share of the time, rate falling to 0")
     add("--warmup", type=int, default=60, help="steps of rising rate")
-    add("--dropout", type=float, default=0.1)
-    add("--balance", type=float, default=0.01, help="weight of the load-balance loss")
+    add("--dropout", type=float, default=0.15)
+    add("--balance", type=float, default=0.04, help="weight of the load-balance loss")
+    add("--stress", type=float, default=5.0, help="weight of a requested word's first mention")
     add("--layers", type=int, default=5)
     add("--experts", type=int, default=8)
     add("--expert-size", type=int, default=256)
     add("--vocab", type=int, default=2048)
     add("--context", type=int, default=512)
-    add("--batch", type=int, default=16, help="rows per update")
-    add("--slice", type=int, default=2, help="rows per pass; small ones stay in a CPU's caches")
+    add("--batch", type=int, default=12, help="rows per update")
+    add("--slice", type=int, default=3, help="rows per pass; small ones stay in a CPU's caches")
+    add("--float32", action="store_true", help="no bfloat16 in the matrix products")
     add("--held", type=int, default=64, help="validation rows per check, of each form")
-    add("--every", type=float, default=2.0, help="minutes between validations")
+    add("--every", type=float, default=4.0, help="minutes between validations")
     add("--seed", type=int, default=1)
     add("--workers", type=int, default=1, help="processes that share each update")
     add("--threads", type=int, default=0, help="CPU threads per worker; 0 leaves it to PyTorch")
     add("--port", type=int, default=29511, help="local port where the workers meet")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.toy and args.init:
+        parser.error("--toy trains a smaller network than the file of --init holds")
     if args.toy:
         args.layers, args.batch, args.held, args.vocab = 2, 4, 8, 1024
         args.minutes, args.every = min(args.minutes, 0.5), 0.2
