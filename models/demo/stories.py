@@ -17,9 +17,9 @@ from pathlib import Path
 
 __all__ = [
     "CaseRestorer",
+    "Lexicon",
     "NAMES",
     "THINGS",
-    "Lexicon",
     "Texts",
     "chat_request",
     "clean",
