@@ -53,14 +53,15 @@ _Q2_K_BYTES, _Q2_K_HALF = 1344, 640  # d, dmin, 2 x [4 x 16 pairs, 8 x 64 of 2 b
 _Q3_K_BYTES, _Q3_K_HALF = 1824, 640  # d, 8 x 64 third bits, 2 x [4 x 16 pairs, 8 x 64 of 2 bits]
 _Q6_K_BYTES, _Q6_K_HALF = 3360, 1664  # d, 2 x [4 x 16 pairs, 16 x 64 of 4, 8 x 64 of 2 bits]
 
-_AT_1, _AT_2, _AT_3 = BLOCK_BYTES, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES  # sub-blocks of activations
+_AT_1, _AT_2, _AT_3 = BLOCK_BYTES, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES  # blocks of activations
 _twos_0, _twos_1, _twos_2, _twos_3 = (field(shift, 0x03) for shift in (0, 2, 4, 6))
 _third_0, _third_1, _third_2, _third_3 = (field(shift, 0x04) for shift in (-2, -1, 0, 1))
 _top_0, _top_1, _top_2, _top_3 = (field(shift, 0x30) for shift in (-4, -2, 0, 2))
 _times_minus_4, _times_minus_32 = times(-4), times(-32)
 
 # unit(acc, low, high, shift) makes 4 weights of each row from the bytes at `low` and `high`.
-_prefetch_3, _prefetch_4, _prefetch_7 = prefetch_lines(3), prefetch_lines(4), prefetch_lines(7)
+_prefetch_3, _prefetch_4 = prefetch_lines(3, far=True), prefetch_lines(4, far=True)
+_prefetch_7 = prefetch_lines(7, far=True)
 
 
 @inline

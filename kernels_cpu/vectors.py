@@ -132,11 +132,11 @@ def store(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
 
 
-def emit_prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at an integer address; never faults."""
+def emit_prefetch(builder: Any, address: Any, locality: int = 3) -> None:
+    """Ask for the cache line at an integer address, into L1 (3) or L2 (2); never faults."""
     pointer = ir.IntType(8).as_pointer()
     call = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32, I32, I32])
-    builder.call(call, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+    builder.call(call, [builder.inttoptr(address, pointer), I32(0), I32(locality), I32(1)])
 
 
 # --- half precision: the conversion instruction where the target has one, else integer steps.
