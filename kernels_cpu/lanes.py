@@ -36,8 +36,8 @@ __all__ = [
 TILE_ROWS = 16
 LANES = ISA.lanes
 PARTS = TILE_ROWS // LANES
-# How far ahead weights are asked for. Into L1 is best for kernels that walk a block in order; 10 KiB
-# ahead is worse than 4. Those that come back to parts of a block are faster out of L2, which has
+# How far ahead weights are asked for. Into L1 is best for kernels that walk a block in order, where
+# 10 KiB is too far. Those that come back to parts of a block are faster out of L2, which has
 # more requests under way than L1 (Q5_K 19 -> 29 GB/s on one thread, Q6_K 18 -> 28; Q4_0 29 -> 24).
 _NEAR_BYTES, _FAR_BYTES = 4096, 8192
 _INTO_L1, _INTO_L2 = 3, 2

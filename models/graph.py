@@ -213,15 +213,11 @@ class _Wiring:
         spec, at, builder = self.spec, f"blk.{layer}.", self.builder
         router = self.weights.matrix(f"{at}ffn_gate_inp.weight")
         record = self.weights.expert_record(layer)
-        self.normed(
-            f"{at}ffn_norm.weight", router.format, record.gate_format, record.up_format
-        )
+        self.normed(f"{at}ffn_norm.weight", router.format, record.gate_format, record.up_format)
         x = self.input_of("normed", router.format)
         builder.matmul(router, x, self.rows("router"), self.index)
         builder.barrier()
-        scores, ids, chosen = (
-            self.rows(n) for n in ("router", "expert_ids", "expert_weights")
-        )
+        scores, ids, chosen = (self.rows(n) for n in ("router", "expert_ids", "expert_weights"))
         arguments = moe_route_op(
             logits=scores.address, logits_stride=scores.stride, n_experts=spec.num_experts,
             top_k=spec.num_experts_per_tok, norm_topk=spec.norm_topk_prob,
