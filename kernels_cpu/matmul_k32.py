@@ -52,8 +52,7 @@ _Q5_K_BYTES = 2880  # d, dmin, 8 x 64 fifth bits, groups as Q4_K
 _IQ4_XS_BYTES, _IQ4_XS_SUB = 2208, 272  # d, 8 x [scale, 4 x 64 of 4 bits]
 
 _fifth_0, _fifth_1 = field(-4, 0x10), field(-3, 0x10)
-_prefetch_5, _prefetch_6 = (prefetch_lines(n, far=True) for n in (5, 6))
-_prefetch_near = prefetch_lines(5)
+_prefetch_5, _prefetch_6 = prefetch_lines(5), prefetch_lines(6, far=True)
 
 
 @inline
@@ -131,7 +130,7 @@ def _iq4_xs(p: Any, part: Any, K: Any, xs: Any) -> Any:
     for b in range(K // 32):
         block = p + (b >> 3) * _IQ4_XS_BYTES
         sub = block + 32 + (b & 7) * _IQ4_XS_SUB
-        _prefetch_near(sub)
+        _prefetch_5(sub)
         w = sub + 16 + 4 * LANES * part
         i = signed_totals(acc, xs, 0)
         for v in range(4):
