@@ -30,7 +30,6 @@ from edgert.kernels_cpu.simd import (
     ld_f32,
     ld_f32x16,
     ld_i64,
-    neg_f32x16,
     reduce_add,
     splat_f32x16,
     st_f32,
@@ -40,6 +39,7 @@ from edgert.kernels_cpu.simd import (
     vdiv,
     vec,
     vmul,
+    vneg,
     vsqrt,
     zero_f32x16,
 )
@@ -259,7 +259,7 @@ def swiglu_kernel(op: int, frame: int, start: int, stop: int, tid: int) -> None:
             y = buffer
         for i in range(0, 4 * columns, 64):
             g = ld_f32x16(gate + i)
-            silu = vdiv(g, vadd(_one(), exp16(neg_f32x16(g))))
+            silu = vdiv(g, vadd(_one(), exp16(vneg(g))))
             st_f32x16(y + i, vmul(silu, ld_f32x16(up + i)))
         if quant != 0:
             quantize_row(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgert.kernels_cpu import abi
 from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
-from edgert.kernels_cpu.jit import kernel, void
+from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
     fma,
     ld_i64,
@@ -94,6 +94,27 @@ def read_kernel(op: int, frame: int, start: int, stop: int, tid: int) -> None:
     _st_i32x16(sums, vadd(_ld_i32x16(sums), vadd(vadd(a, b), vadd(c, d))))
 
 
+@inline
+def _run_chains(
+    step: Any, ld: Any, st: Any, nbytes: Any, op: Any, start: Any, stop: Any, tid: Any
+) -> None:
+    """STEPS times step(total, x, w) a unit on each of twelve sums in registers of `nbytes`."""
+    at = ld_i64(op + _ADDRESS)
+    a, b, c, d = ld(at), ld(at + nbytes), ld(at + 2 * nbytes), ld(at + 3 * nbytes)
+    at += 4 * nbytes
+    e, f, g, h = ld(at), ld(at + nbytes), ld(at + 2 * nbytes), ld(at + 3 * nbytes)
+    at += 4 * nbytes
+    i, j, k, m = ld(at), ld(at + nbytes), ld(at + 2 * nbytes), ld(at + 3 * nbytes)
+    x, w = ld(at + 4 * nbytes), ld(at + 5 * nbytes)
+    for _ in range(STEPS * (stop - start)):
+        a, b, c, d = step(a, x, w), step(b, x, w), step(c, x, w), step(d, x, w)
+        e, f, g, h = step(e, x, w), step(f, x, w), step(g, x, w), step(h, x, w)
+        i, j, k, m = step(i, x, w), step(j, x, w), step(k, x, w), step(m, x, w)
+    abcd, efgh = vadd(vadd(a, b), vadd(c, d)), vadd(vadd(e, f), vadd(g, h))
+    total = vadd(vadd(abcd, efgh), vadd(vadd(i, j), vadd(k, m)))
+    st(ld_i64(op + _SUMS) + nbytes * tid, total)
+
+
 def dot_peak_ref(operands: _Ints, units: int) -> _Ints:
     """The wrapping sum of all chains after `units` units.
 
@@ -119,20 +140,7 @@ def dot_peak_kernel(op: int, frame: int, start: int, stop: int, tid: int) -> Non
 
     `address`: the operands of `dot_peak_ref`; `sums`: LANES int32 for each thread, overwritten.
     """
-    at = ld_i64(op + _ADDRESS)
-    a, b, c, d = _ld_i(at), _ld_i(at + _I), _ld_i(at + 2 * _I), _ld_i(at + 3 * _I)
-    at += 4 * _I
-    e, f, g, h = _ld_i(at), _ld_i(at + _I), _ld_i(at + 2 * _I), _ld_i(at + 3 * _I)
-    at += 4 * _I
-    i, j, k, m = _ld_i(at), _ld_i(at + _I), _ld_i(at + 2 * _I), _ld_i(at + 3 * _I)
-    x, w = _ld_i(at + 4 * _I), _ld_i(at + 5 * _I)
-    for _ in range(STEPS * (stop - start)):
-        a, b, c, d = _dot(a, x, w), _dot(b, x, w), _dot(c, x, w), _dot(d, x, w)
-        e, f, g, h = _dot(e, x, w), _dot(f, x, w), _dot(g, x, w), _dot(h, x, w)
-        i, j, k, m = _dot(i, x, w), _dot(j, x, w), _dot(k, x, w), _dot(m, x, w)
-    abcd, efgh = vadd(vadd(a, b), vadd(c, d)), vadd(vadd(e, f), vadd(g, h))
-    total = vadd(vadd(abcd, efgh), vadd(vadd(i, j), vadd(k, m)))
-    _st_i(ld_i64(op + _SUMS) + _I * tid, total)
+    _run_chains(_dot, _ld_i, _st_i, _I, op, start, stop, tid)
 
 
 def float_peak_ref(operands: _Floats, units: int) -> _Floats:
@@ -151,17 +159,4 @@ def float_peak_ref(operands: _Floats, units: int) -> _Floats:
 @kernel(void("iiiii"))
 def float_peak_kernel(op: int, frame: int, start: int, stop: int, tid: int) -> None:
     """STEPS fused multiply-adds a unit on each chain; arguments as in `dot_peak_kernel`."""
-    at = ld_i64(op + _ADDRESS)
-    a, b, c, d = _ld_f(at), _ld_f(at + _F), _ld_f(at + 2 * _F), _ld_f(at + 3 * _F)
-    at += 4 * _F
-    e, f, g, h = _ld_f(at), _ld_f(at + _F), _ld_f(at + 2 * _F), _ld_f(at + 3 * _F)
-    at += 4 * _F
-    i, j, k, m = _ld_f(at), _ld_f(at + _F), _ld_f(at + 2 * _F), _ld_f(at + 3 * _F)
-    x, w = _ld_f(at + 4 * _F), _ld_f(at + 5 * _F)
-    for _ in range(STEPS * (stop - start)):
-        a, b, c, d = fma(a, x, w), fma(b, x, w), fma(c, x, w), fma(d, x, w)
-        e, f, g, h = fma(e, x, w), fma(f, x, w), fma(g, x, w), fma(h, x, w)
-        i, j, k, m = fma(i, x, w), fma(j, x, w), fma(k, x, w), fma(m, x, w)
-    abcd, efgh = vadd(vadd(a, b), vadd(c, d)), vadd(vadd(e, f), vadd(g, h))
-    total = vadd(vadd(abcd, efgh), vadd(vadd(i, j), vadd(k, m)))
-    _st_f(ld_i64(op + _SUMS) + _F * tid, total)
+    _run_chains(fma, _ld_f, _st_f, _F, op, start, stop, tid)

@@ -44,7 +44,7 @@ from edgert.kernels_cpu.packs import (
 )
 from edgert.kernels_cpu.simd import vor
 
-__all__ = ["KERNELS"]
+__all__ = ["KERNELS", "dot_codes", "dot_nibbles"]
 
 # Bytes of a block of 16 rows: scales (and offsets), fifth bits, then units of 4 bytes a row. In
 # unit v of a 4-bit format weights 4v + j are the low nibbles, weights 16 + 4v + j the high ones.
@@ -62,23 +62,16 @@ _prefetch_5, _prefetch_6, _prefetch_9 = prefetch_lines(5), prefetch_lines(6), pr
 
 
 @inline
-def _q8_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
-    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
-    for _ in range(K // 32):
-        _prefetch_9(w)
-        i = signed_totals(acc, xs, 0)
-        for v in range(8):
-            i = mac_s8(i, weights(acc, w + 64 * v), xs, 4 * v)
-        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
-        d += _Q8_0_BYTES
-        w += _Q8_0_BYTES
-        xs = step(xs, BLOCK_BYTES)
-    return acc
+def _dot_bytes(w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights -128..127 in 8 units at `w`."""
+    i = signed_totals(acc, xs, 0)
+    for v in range(8):
+        i = mac_s8(i, weights(acc, w + 64 * v), xs, 4 * v)
+    return i
 
 
 @inline
-def _dot_nibbles(w: Any, xs: Any, acc: Any) -> Any:
+def dot_nibbles(w: Any, xs: Any, acc: Any) -> Any:
     """Totals of 32 weights 0..15 in 4 units at `w`."""
     i = integers(acc)
     for v in range(4):
@@ -89,9 +82,10 @@ def _dot_nibbles(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _dot_fives(h: Any, w: Any, xs: Any, acc: Any) -> Any:
-    """Totals of 32 weights 0..31: nibbles at `w`, fifth bits at `h`."""
-    h = weights(acc, h)
+def _dot_fives(w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights 0..31: fifth bits at `w`, then 4 units of nibbles."""
+    h = weights(acc, w)
+    w += 64
     i = integers(acc)
     q = weights(acc, w)
     i = mac_u8(i, vor(low_nibbles(q), _low_fifth_0(h)), xs, 0)
@@ -111,8 +105,8 @@ def _dot_fives(h: Any, w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _dot_codes(codes: Any, w: Any, xs: Any, acc: Any) -> Any:
-    """Totals of 32 weights that are int8 codes of nibbles."""
+def dot_codes(codes: Any, w: Any, xs: Any, acc: Any) -> Any:
+    """Totals of 32 weights that are `codes` (int8) of the nibbles in 4 units at `w`."""
     i = signed_totals(acc, xs, 0)
     for v in range(4):
         q = weights(acc, w + 64 * v)
@@ -122,85 +116,89 @@ def _dot_codes(codes: Any, w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _q4_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+def _dot_q4_0(w: Any, xs: Any, acc: Any) -> Any:
+    return dot_pairs(dot_nibbles(w, xs, acc), _minus_8(acc), xs, 0)
+
+
+@inline
+def _dot_q5_0(w: Any, xs: Any, acc: Any) -> Any:
+    return dot_pairs(_dot_fives(w, xs, acc), _minus_16(acc), xs, 0)
+
+
+@inline
+def _dot_iq4_nl(w: Any, xs: Any, acc: Any) -> Any:
+    return dot_codes(iq4_codes, w, xs, acc)
+
+
+@inline
+def _dot_mxfp4(w: Any, xs: Any, acc: Any) -> Any:
+    return dot_codes(mxfp4_codes, w, xs, acc)
+
+
+@inline
+def _scaled(
+    dot: Any, load: Any, size: Any, ask: Any, nbytes: Any, p: Any, part: Any, K: Any, xs: Any
+) -> Any:
+    """A tile in blocks of `nbytes`: scales of `size` bytes a row, then what `dot` reads."""
     acc = accumulators(xs)
-    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
+    d, w = p + size * LANES * part, p + 16 * size + 4 * LANES * part
     for _ in range(K // 32):
-        _prefetch_5(w)
-        i = dot_pairs(_dot_nibbles(w, xs, acc), _minus_8(acc), xs, 0)
-        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
-        d += _Q4_0_BYTES
-        w += _Q4_0_BYTES
+        ask(w)
+        acc = fma_totals(acc, dot(w, xs, acc), load(acc, d), xs, 0)
+        d += nbytes
+        w += nbytes
         xs = step(xs, BLOCK_BYTES)
     return acc
 
 
 @inline
-def _q4_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
+def _scaled_and_offset(dot: Any, ask: Any, nbytes: Any, p: Any, part: Any, K: Any, xs: Any) -> Any:
+    """A tile in blocks of `nbytes`: d and m of 16 rows as halves, then what `dot` reads."""
     acc = accumulators(xs)
     d, w = p + 2 * LANES * part, p + 64 + 4 * LANES * part
     for _ in range(K // 32):
-        _prefetch_5(w)
-        acc = fma_totals(acc, _dot_nibbles(w, xs, acc), halves(acc, d), xs, 0)
+        ask(w)
+        acc = fma_totals(acc, dot(w, xs, acc), halves(acc, d), xs, 0)
         acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
-        d += _Q4_1_BYTES
-        w += _Q4_1_BYTES
+        d += nbytes
+        w += nbytes
         xs = step(xs, BLOCK_BYTES)
     return acc
+
+
+@inline
+def _q8_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    return _scaled(_dot_bytes, halves, 2, _prefetch_9, _Q8_0_BYTES, p, part, K, xs)
+
+
+@inline
+def _q4_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    return _scaled(_dot_q4_0, halves, 2, _prefetch_5, _Q4_0_BYTES, p, part, K, xs)
 
 
 @inline
 def _q5_0(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
-    d, h = p + 2 * LANES * part, p + 32 + 4 * LANES * part
-    for _ in range(K // 32):
-        _prefetch_6(h)
-        i = dot_pairs(_dot_fives(h, h + 64, xs, acc), _minus_16(acc), xs, 0)
-        acc = fma_totals(acc, i, halves(acc, d), xs, 0)
-        d += _Q5_0_BYTES
-        h += _Q5_0_BYTES
-        xs = step(xs, BLOCK_BYTES)
-    return acc
-
-
-@inline
-def _q5_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
-    d, h = p + 2 * LANES * part, p + 64 + 4 * LANES * part
-    for _ in range(K // 32):
-        _prefetch_6(h)
-        acc = fma_totals(acc, _dot_fives(h, h + 64, xs, acc), halves(acc, d), xs, 0)
-        acc = fma_sum(acc, halves(acc, d + 32), xs, 0)
-        d += _Q5_1_BYTES
-        h += _Q5_1_BYTES
-        xs = step(xs, BLOCK_BYTES)
-    return acc
+    return _scaled(_dot_q5_0, halves, 2, _prefetch_6, _Q5_0_BYTES, p, part, K, xs)
 
 
 @inline
 def _iq4_nl(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
-    d, w = p + 2 * LANES * part, p + 32 + 4 * LANES * part
-    for _ in range(K // 32):
-        _prefetch_5(w)
-        acc = fma_totals(acc, _dot_codes(iq4_codes, w, xs, acc), halves(acc, d), xs, 0)
-        d += _IQ4_NL_BYTES
-        w += _IQ4_NL_BYTES
-        xs = step(xs, BLOCK_BYTES)
-    return acc
+    return _scaled(_dot_iq4_nl, halves, 2, _prefetch_5, _IQ4_NL_BYTES, p, part, K, xs)
 
 
 @inline
 def _mxfp4(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    acc = accumulators(xs)
-    e, w = p + LANES * part, p + 16 + 4 * LANES * part
-    for _ in range(K // 32):
-        _prefetch_5(w)
-        acc = fma_totals(acc, _dot_codes(mxfp4_codes, w, xs, acc), exponents(acc, e), xs, 0)
-        e += _MXFP4_BYTES
-        w += _MXFP4_BYTES
-        xs = step(xs, BLOCK_BYTES)
-    return acc
+    return _scaled(_dot_mxfp4, exponents, 1, _prefetch_5, _MXFP4_BYTES, p, part, K, xs)
+
+
+@inline
+def _q4_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    return _scaled_and_offset(dot_nibbles, _prefetch_5, _Q4_1_BYTES, p, part, K, xs)
+
+
+@inline
+def _q5_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
+    return _scaled_and_offset(_dot_fives, _prefetch_6, _Q5_1_BYTES, p, part, K, xs)
 
 
 @kernel(MATMUL)

@@ -59,50 +59,59 @@ _third_0, _third_1, _third_2, _third_3 = (field(shift, 0x04) for shift in (-2, -
 _top_0, _top_1, _top_2, _top_3 = (field(shift, 0x30) for shift in (-4, -2, 0, 2))
 _times_minus_4, _times_minus_32 = times(-4), times(-32)
 
-# unit(acc, low, high, shift) makes 4 weights of each row from the bytes at `low` and `high`.
 _prefetch_3, _prefetch_4 = prefetch_lines(3, far=True), prefetch_lines(4, far=True)
 _prefetch_7 = prefetch_lines(7, far=True)
+
+# unit(acc, low, high, shift, take, top) makes 4 weights of each row: `take` of the bytes at `low`,
+# and, where the format has more bits, `top` of those at `high`.
+
+
+@inline
+def _two(acc: Any, low: Any, high: Any, shift: Any, take: Any, top: Any) -> Any:
+    return take(weights(acc, low))
+
+
+@inline
+def _three(acc: Any, low: Any, high: Any, shift: Any, take: Any, top: Any) -> Any:
+    return vor(take(weights(acc, low)), top(shifted(weights(acc, high), shift)))
+
+
+@inline
+def _six(acc: Any, low: Any, high: Any, shift: Any, take: Any, top: Any) -> Any:
+    return vor(take(weights(acc, low)), top(weights(acc, high)))
+
+
+@inline
+def _dot_16(
+    unit: Any, take: Any, top: Any, low: Any, high: Any, shift: Any, scale: Any, xs: Any, at: Any,
+    acc: Any,
+) -> Any:  # fmt: skip
+    """Totals of 16 weights in 4 units, times `scale`."""
+    w0 = unit(acc, low, high, shift, take, top)
+    w1 = unit(acc, low + 64, high + 64, shift, take, top)
+    w2 = unit(acc, low + 128, high + 128, shift, take, top)
+    w3 = unit(acc, low + 192, high + 192, shift, take, top)
+    return scaled_16(acc, w0, w1, w2, w3, xs, at, scale)
 
 
 @inline
 def _dot_32(
-    unit: Any, low: Any, high: Any, shift: Any, scales: Any, xs: Any, at: Any, acc: Any
-) -> Any:
+    unit: Any, take: Any, top: Any, low: Any, high: Any, shift: Any, scales: Any, xs: Any, at: Any,
+    acc: Any,
+) -> Any:  # fmt: skip
     """Totals of 32 weights in 8 units, each 16 times its scale of the pair `scales`."""
-    w0, w1 = unit(acc, low, high, shift), unit(acc, low + 64, high + 64, shift)
-    w2, w3 = unit(acc, low + 128, high + 128, shift), unit(acc, low + 192, high + 192, shift)
-    totals = scaled_16(acc, w0, w1, w2, w3, xs, at, pair_low(scales))
+    first = _dot_16(unit, take, top, low, high, shift, pair_low(scales), xs, at, acc)
     low += 256
     high += 256
-    w0, w1 = unit(acc, low, high, shift), unit(acc, low + 64, high + 64, shift)
-    w2, w3 = unit(acc, low + 128, high + 128, shift), unit(acc, low + 192, high + 192, shift)
-    return add(totals, scaled_16(acc, w0, w1, w2, w3, xs, at + 16, pair_high(scales)))
+    return add(
+        first, _dot_16(unit, take, top, low, high, shift, pair_high(scales), xs, at + 16, acc)
+    )
 
 
 @inline
-def _two_0(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return _twos_0(weights(acc, low))
-
-
-@inline
-def _two_1(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return _twos_1(weights(acc, low))
-
-
-@inline
-def _two_2(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return _twos_2(weights(acc, low))
-
-
-@inline
-def _two_3(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return _twos_3(weights(acc, low))
-
-
-@inline
-def _q2_k_sub(unit: Any, w: Any, scales: Any, d: Any, dmin: Any, xs: Any, at: Any, acc: Any) -> Any:
+def _q2_k_sub(take: Any, w: Any, scales: Any, d: Any, dmin: Any, xs: Any, at: Any, acc: Any) -> Any:
     both = unsigned_pairs(acc, scales)
-    totals = _dot_32(unit, w, w, 0, pair_low_nibbles(both), xs, at, acc)
+    totals = _dot_32(_two, take, take, w, w, 0, pair_low_nibbles(both), xs, at, acc)
     acc = fma_totals(acc, totals, d, xs, at)
     return fma_pairs(acc, dmin, negated(pair_high_nibbles(both)), xs, at)
 
@@ -117,45 +126,34 @@ def _q2_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         half = block + 64 + (h & 1) * _Q2_K_HALF
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
         _prefetch_3(ahead)
-        acc = _q2_k_sub(_two_0, w, s, d, dmin, xs, 0, acc)
+        acc = _q2_k_sub(_twos_0, w, s, d, dmin, xs, 0, acc)
         _prefetch_3(ahead + 168)
-        acc = _q2_k_sub(_two_1, w, s + 32, d, dmin, xs, _AT_1, acc)
+        acc = _q2_k_sub(_twos_1, w, s + 32, d, dmin, xs, _AT_1, acc)
         _prefetch_3(ahead + 336)
-        acc = _q2_k_sub(_two_2, w, s + 64, d, dmin, xs, _AT_2, acc)
+        acc = _q2_k_sub(_twos_2, w, s + 64, d, dmin, xs, _AT_2, acc)
         _prefetch_3(ahead + 504)
-        acc = _q2_k_sub(_two_3, w, s + 96, d, dmin, xs, _AT_3, acc)
+        acc = _q2_k_sub(_twos_3, w, s + 96, d, dmin, xs, _AT_3, acc)
         ahead += 672
         xs = step(xs, 4 * BLOCK_BYTES)
     return acc
 
 
 @inline
-def _three_0(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(_twos_0(weights(acc, low)), _third_0(shifted(weights(acc, high), shift)))
-
-
-@inline
-def _three_1(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(_twos_1(weights(acc, low)), _third_1(shifted(weights(acc, high), shift)))
-
-
-@inline
-def _three_2(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(_twos_2(weights(acc, low)), _third_2(shifted(weights(acc, high), shift)))
-
-
-@inline
-def _three_3(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(_twos_3(weights(acc, low)), _third_3(shifted(weights(acc, high), shift)))
-
-
-@inline
 def _q3_k_sub(
-    unit: Any, w: Any, high: Any, shift: Any, scales: Any, d: Any, xs: Any, at: Any, acc: Any
+    take: Any,
+    top: Any,
+    w: Any,
+    high: Any,
+    shift: Any,
+    scales: Any,
+    d: Any,
+    xs: Any,
+    at: Any,
+    acc: Any,
 ) -> Any:
     """Weights are 0..7 first, then 4 * sum_x is taken off."""
     scale = pairs(acc, scales)
-    totals = _dot_32(unit, w, high, shift, scale, xs, at, acc)
+    totals = _dot_32(_three, take, top, w, high, shift, scale, xs, at, acc)
     return fma_totals(acc, dot_pairs(totals, _times_minus_4(scale), xs, at), d, xs, at)
 
 
@@ -169,43 +167,25 @@ def _q3_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         half = block + 544 + (h & 1) * _Q3_K_HALF
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
         _prefetch_4(ahead)
-        acc = _q3_k_sub(_three_0, w, high, shift, s, d, xs, 0, acc)
+        acc = _q3_k_sub(_twos_0, _third_0, w, high, shift, s, d, xs, 0, acc)
         _prefetch_4(ahead + 228)
-        acc = _q3_k_sub(_three_1, w, high, shift, s + 32, d, xs, _AT_1, acc)
+        acc = _q3_k_sub(_twos_1, _third_1, w, high, shift, s + 32, d, xs, _AT_1, acc)
         _prefetch_4(ahead + 456)
-        acc = _q3_k_sub(_three_2, w, high, shift, s + 64, d, xs, _AT_2, acc)
+        acc = _q3_k_sub(_twos_2, _third_2, w, high, shift, s + 64, d, xs, _AT_2, acc)
         _prefetch_4(ahead + 684)
-        acc = _q3_k_sub(_three_3, w, high, shift, s + 96, d, xs, _AT_3, acc)
+        acc = _q3_k_sub(_twos_3, _third_3, w, high, shift, s + 96, d, xs, _AT_3, acc)
         ahead += 912
         xs = step(xs, 4 * BLOCK_BYTES)
     return acc
 
 
 @inline
-def _six_0(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(low_nibbles(weights(acc, low)), _top_0(weights(acc, high)))
-
-
-@inline
-def _six_1(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(low_nibbles(weights(acc, low)), _top_1(weights(acc, high)))
-
-
-@inline
-def _six_2(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(high_nibbles(weights(acc, low)), _top_2(weights(acc, high)))
-
-
-@inline
-def _six_3(acc: Any, low: Any, high: Any, shift: Any) -> Any:
-    return vor(high_nibbles(weights(acc, low)), _top_3(weights(acc, high)))
-
-
-@inline
-def _q6_k_sub(unit: Any, w: Any, high: Any, scales: Any, d: Any, xs: Any, at: Any, acc: Any) -> Any:
+def _q6_k_sub(
+    take: Any, top: Any, w: Any, high: Any, scales: Any, d: Any, xs: Any, at: Any, acc: Any
+) -> Any:
     """Weights are 0..63 first, then 32 * sum_x is taken off."""
     scale = pairs(acc, scales)
-    totals = _dot_32(unit, w, high, 0, scale, xs, at, acc)
+    totals = _dot_32(_six, take, top, w, high, 0, scale, xs, at, acc)
     return fma_totals(acc, dot_pairs(totals, _times_minus_32(scale), xs, at), d, xs, at)
 
 
@@ -219,13 +199,13 @@ def _q6_k(p: Any, part: Any, K: Any, xs: Any) -> Any:
         s, w = half + 2 * LANES * part, half + 128 + 4 * LANES * part
         high = w + 1024
         _prefetch_7(ahead)
-        acc = _q6_k_sub(_six_0, w, high, s, d, xs, 0, acc)
+        acc = _q6_k_sub(low_nibbles, _top_0, w, high, s, d, xs, 0, acc)
         _prefetch_7(ahead + 420)
-        acc = _q6_k_sub(_six_1, w + 512, high, s + 32, d, xs, _AT_1, acc)
+        acc = _q6_k_sub(low_nibbles, _top_1, w + 512, high, s + 32, d, xs, _AT_1, acc)
         _prefetch_7(ahead + 840)
-        acc = _q6_k_sub(_six_2, w, high, s + 64, d, xs, _AT_2, acc)
+        acc = _q6_k_sub(high_nibbles, _top_2, w, high, s + 64, d, xs, _AT_2, acc)
         _prefetch_7(ahead + 1260)
-        acc = _q6_k_sub(_six_3, w + 512, high, s + 96, d, xs, _AT_3, acc)
+        acc = _q6_k_sub(high_nibbles, _top_3, w + 512, high, s + 96, d, xs, _AT_3, acc)
         ahead += 1680
         xs = step(xs, 4 * BLOCK_BYTES)
     return acc

@@ -25,6 +25,7 @@ from edgert.kernels_cpu.lanes import (
     prefetch_lines,
     shifted,
 )
+from edgert.kernels_cpu.matmul_block32 import dot_codes
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive, up_to_most
 from edgert.kernels_cpu.packs import (
     accumulators,
@@ -34,10 +35,8 @@ from edgert.kernels_cpu.packs import (
     fma_totals,
     halves,
     integers,
-    mac_s8,
     mac_u8,
     signed_bytes_as_float,
-    signed_totals,
     step,
     total,
     weights,
@@ -132,11 +131,7 @@ def _iq4_xs(p: Any, part: Any, K: Any, xs: Any) -> Any:
         sub = block + 32 + (b & 7) * _IQ4_XS_SUB
         _prefetch_5(sub)
         w = sub + 16 + 4 * LANES * part
-        i = signed_totals(acc, xs, 0)
-        for v in range(4):
-            q = weights(acc, w + 64 * v)
-            i = mac_s8(i, iq4_codes(low_nibbles(q)), xs, 4 * v)
-            i = mac_s8(i, iq4_codes(high_nibbles(q)), xs, 16 + 4 * v)
+        i = dot_codes(iq4_codes, w, xs, acc)
         d = halves(acc, block + 2 * LANES * part)
         scale = vmul(d, signed_bytes_as_float(acc, sub + LANES * part))
         acc = fma_totals(acc, i, scale, xs, 0)

@@ -18,8 +18,9 @@ from typing import Any
 from edgert.kernels_cpu.activations import BLOCK_BYTES
 from edgert.kernels_cpu.isa import ISA
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
-from edgert.kernels_cpu.lanes import LANES, field, high_nibbles, low_nibbles, mixed, prefetch_lines
+from edgert.kernels_cpu.lanes import LANES, field, mixed, prefetch_lines
 from edgert.kernels_cpu.lut import AVAILABLE, lookup_drive
+from edgert.kernels_cpu.matmul_block32 import dot_nibbles
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive, up_to_most
 from edgert.kernels_cpu.packs import (
     accumulators,
@@ -86,16 +87,6 @@ def _three(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _four(w: Any, xs: Any, acc: Any) -> Any:
-    """Totals of 32 weights 0..15: nibble i of byte j of the four units is weight 16 i + j."""
-    i = integers(acc)
-    for v in range(4):
-        q = weights(acc, w + 64 * v)
-        i = mac_u8(mac_u8(i, low_nibbles(q), xs, 4 * v), high_nibbles(q), xs, 16 + 4 * v)
-    return total(i)
-
-
-@inline
 def _groups(
     dot: Any, ask: Any, lines: Any, blocks: Any, p: Any, part: Any, K: Any, xs: Any,
 ) -> Any:  # fmt: skip
@@ -147,12 +138,12 @@ def _p3_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
 
 @inline
 def _p4_32(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_four, _prefetch_4, 4, 1, p, part, K, xs)
+    return _groups(dot_nibbles, _prefetch_4, 4, 1, p, part, K, xs)
 
 
 @inline
 def _p4_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_four, _prefetch_4, 4, 4, p, part, K, xs)
+    return _groups(dot_nibbles, _prefetch_4, 4, 4, p, part, K, xs)
 
 
 @kernel(MATMUL)

@@ -28,7 +28,6 @@ from edgert.kernels_cpu.simd import (
     ld_f32x16,
     ld_i16,
     ld_i64,
-    neg_f32x16,
     shuffle_of,
     splat_f32x16,
     st_f16x16,
@@ -38,6 +37,7 @@ from edgert.kernels_cpu.simd import (
     stack_buffer,
     vec,
     vmul,
+    vneg,
 )
 from edgert.kernels_cpu.vmath import fma_ref
 
@@ -230,7 +230,7 @@ def _rotate(x: int, heads: int, D: int, rope_dim: int, neox: int, table: int) ->
                 t, u = ld_f32x16(table + 8 * i), ld_f32x16(table + 8 * i + 64)
                 cos, sin = _cosines(t, u), _sines(t, u)
                 first, second = ld_f32x16(a), ld_f32x16(b)
-                st_f32x16(a, fma(first, cos, neg_f32x16(vmul(second, sin))))
+                st_f32x16(a, fma(first, cos, vneg(vmul(second, sin))))
                 st_f32x16(b, fma(second, cos, vmul(first, sin)))
         else:
             whole = pairs // 8 * 8

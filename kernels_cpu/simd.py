@@ -44,7 +44,7 @@ __all__ = [
     "bitcast_to", "const_of", "convert_to", "f32_to_i32", "fma", "fnma", "i32_to_f32",
     "ld_bf16x16", "ld_bf16x8", "ld_f16", "ld_f16x16", "ld_f16x8", "ld_f32", "ld_f32x16",
     "ld_f32x8", "ld_i16", "ld_i32", "ld_i64", "ld_i8", "ld_u16", "ld_u32", "ld_u8", "llvm_op",
-    "loader", "neg_f32x16", "operation", "prefetch", "reduce_add", "reduce_max", "select_ge",
+    "loader", "operation", "prefetch", "reduce_add", "reduce_max", "select_ge",
     "select_gt", "shift_of", "shuffle_of", "splat_f32x16", "splat_f32x8", "splat_i32x16",
     "st_f16x16", "st_f32", "st_f32x16", "st_f32x8", "st_i16", "st_i32", "st_i64", "st_i8",
     "stack_buffer", "storer", "vabs", "vadd", "vand", "vdiv", "vec", "vmax", "vmin", "vmul",
@@ -206,7 +206,6 @@ vmin = generic(2, _choose("<"))  # a < b ? a : b
 vneg = generic(1, lambda ctx, b, sig, args: b.fneg(args[0]), float_only=True)
 vsqrt, vrint, vabs = (_unary_llvm(f"llvm.{n}") for n in ("sqrt", "roundeven", "fabs"))
 fma, fnma = _fma(False), _fma(True)  # a*b + c and -(a*b) + c, rounded once; vectors or float32
-neg_f32x16 = operation(vec("f32", 16), (vec("f32", 16),), lambda ctx, b, sig, args: b.fneg(args[0]))
 
 
 def _selector(relation: str) -> Any:
