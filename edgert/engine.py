@@ -38,7 +38,7 @@ from edgert.weights import Weights
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
-_RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
+_RATE_SECONDS = 0.25  # long enough for a rate within some 5 %
 
 
 class Engine:
@@ -62,7 +62,7 @@ class Engine:
         self.path = opened.path
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
-        self.device_bytes_per_s = 0.0
+        self.device_bytes_per_s = 0.0  # until `measure_device`
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
@@ -94,9 +94,6 @@ class Engine:
         self._arena.seal()
         self._team = ThreadTeam(plan.threads)
         self._held.append(self._team.close)
-        if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
-            # Before any reader thread runs: the rate must be that of the idle device.
-            self.device_bytes_per_s = self.weights.measure_device(_RATE_SECONDS)
         self.weights.open(
             None if on_progress is None else lambda done, total: on_progress("load", done, total)
         )
@@ -148,6 +145,24 @@ class Engine:
     def chat_template(self) -> str | None:
         """The file's own chat template, or None."""
         return self.tokenizer.chat_template
+
+    @property
+    def is_streamed(self) -> bool:
+        """True when weights are read from flash while tokens are computed."""
+        return self.weights.streamer is not None or (
+            self.weights.experts is not None
+            and self.plan.expert_slots < self.spec.num_hidden_layers * self.spec.num_experts
+        )
+
+    def measure_device(self, seconds: float = _RATE_SECONDS) -> float:
+        """Bytes per second of direct reads by the reader threads while nothing else is done.
+
+        Between two generations; `device_bytes_per_s` is the last figure. Not part of loading: it
+        would delay the first token by as long as it takes. Raises `StorageError`.
+        """
+        self._check_open()
+        self.device_bytes_per_s = self.forward.measure_device(seconds)
+        return self.device_bytes_per_s
 
     def memory(self) -> MemoryReport:
         """Planned against real memory of the process."""

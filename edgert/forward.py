@@ -88,6 +88,20 @@ class Forward:
         with self.lock:
             pass
 
+    def measure_device(self, seconds: float) -> float:
+        """Bytes per second of the idle device: no pass runs meanwhile, and the streams begin again.
+
+        Raises `StorageError`.
+        """
+        with self.lock:
+            if self._closed:
+                raise EdgertError("the engine is closed; load the model again")
+            self._team.settle()
+            self._broken = True
+            rate = self._weights.measure_device(seconds)
+            self._recover()
+            return rate
+
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
         cached, most = self._cached, len(tokens) - 1

@@ -37,7 +37,7 @@ class RunStats:
     decode_read_bytes: int
     read_bytes_per_token: float  # while decoding
     read_bytes_per_s: float  # while decoding
-    device_bytes_per_s: float  # direct reads, measured when the model was opened; 0 if not streamed
+    device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
     stall_share: float  # of decode time that compute waited for weights
     resident_bytes: int  # weights in memory
     peak_bytes: int  # of the whole process

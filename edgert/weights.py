@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from edgert.storage.backend import Backend, aligned_range
 from edgert.storage.device import measure_read_rate
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.reader import ReaderTeam
 from edgert.storage.streamer import Streamer, Tile
 from edgert.storage.window import Window
 from edgert.units import align_up
@@ -75,25 +76,22 @@ class Weights:
         """Read everything resident, then start the streamers. Raises `StorageError`."""
         self._load_vectors()
         resident = [t for t in self._plan.tiles if t.stream_index < 0]
-        total = sum(t.extent.nbytes for t in resident)
-        offset = done = 0
+        offset = 0
         for tile in resident:
             self._offsets[tile.tensor, tile.first_row] = offset
             offset += tile.nbytes
-        free = SimpleQueue[_Bytes]()
-        for buffer in self._staging[: self._plan.reader_threads]:
-            free.put(buffer)
-        with ThreadPoolExecutor(self._plan.reader_threads, "edgert-load") as pool:
-            for nbytes in pool.map(lambda tile: self._load_tile(tile, free), resident):
-                done += nbytes
-                if progress:
-                    progress(done, total)
+        self._load_tiles(resident, progress)
         if self._embedding is not None:
             self._load_embedding(self._embedding)
         self._start_streamers()
 
     def measure_device(self, seconds: float) -> float:
-        """Bytes per second the device delivers to the reader threads, with their own buffers."""
+        """Bytes per second the device delivers to the reader threads, with their own buffers.
+
+        The streamers stand still from here on, until `reset`.
+        """
+        for stream in self._streams:
+            stream.halt()
         return measure_read_rate(
             self._backend,
             request_bytes=self._plan.staging_bytes,
@@ -102,15 +100,36 @@ class Weights:
             staging=self._staging,
         )
 
-    def _load_tile(self, tile: TilePlan, free: SimpleQueue[_Bytes]) -> int:
-        """Read and place one resident tile; its bytes in the file."""
-        staging = free.get()
-        try:
+    def _load_tiles(self, tiles: Sequence[TilePlan], progress: Progress | None) -> None:
+        """Read and place tiles that are to be resident."""
+        team = ReaderTeam(self._backend, self._staging[: self._plan.reader_threads], "edgert-load")
+        placed = SimpleQueue[int]()
+        left = iter(tiles)
+
+        def take() -> tuple[Sequence[Extent], TilePlan] | None:
+            with team.lock:
+                tile = None if team.stopping else next(left, None)
+            return None if tile is None else ((tile.extent,), tile)
+
+        def place(tile: TilePlan, raw: list[_Bytes]) -> None:
             at = self._offsets[tile.tensor, tile.first_row]
-            self._place_tile(tile, self._read(tile.extent, staging), self._resident[at:])
+            self._place_tile(tile, raw[0], self._resident[at:])
+            placed.put(tile.extent.nbytes)
+
+        total, done, count = sum(t.extent.nbytes for t in tiles), 0, 0
+        try:
+            team.start_pipeline(take, place)
+            while count < len(tiles) and not team.failed[0]:
+                with suppress(Empty):  # a failure is looked for now and then
+                    done += placed.get(timeout=0.1)
+                    count += 1
+                    if progress:
+                        progress(done, total)
         finally:
-            free.put(staging)
-        return tile.extent.nbytes
+            team.stopping = True
+            team.join()
+            self.read_bytes += team.read_bytes
+        team.raise_if_failed()
 
     def _read(self, extent: Extent, into: _Bytes | None = None) -> _Bytes:
         """The exact bytes of an extent, as a view that lasts until the next read."""

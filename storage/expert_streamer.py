@@ -119,7 +119,7 @@ class ExpertStreamer:
         Resident experts stay, and no error is pending afterwards. The consumer must have stopped.
         """
         assert not self._closed
-        self._halt()
+        self.halt()
         self._team.clear()
         self._in_flight.clear()
         self._jobs = SimpleQueue()
@@ -135,12 +135,13 @@ class ExpertStreamer:
         """Stop the threads and close the pipe. Idempotent. The consumer must have stopped."""
         if self._closed:
             return
-        self._halt()
+        self.halt()
         self._closed = True
         os.close(self._request_read)
         os.close(self.request_fd)
 
-    def _halt(self) -> None:
+    def halt(self) -> None:
+        """Stop and join the threads; a read under way is finished first. `reset` starts again."""
         self._team.stopping = True
         if self._team.running:
             os.write(self.request_fd, _WAKE)

@@ -110,6 +110,23 @@ def test_every_read_that_fails_while_opening_is_named_and_lets_go(model: Path) -
     assert failed >= 5
 
 
+def test_one_read_that_fails_while_opening_is_named_or_was_not_needed(model: Path) -> None:
+    """For every n until opening and one answer need fewer reads."""
+    with tight(model, 0) as engine:
+        want = answer(engine)
+    for number in itertools.count(1):
+        faulty = Faulty(FaultPlan(fail={number}))
+        try:
+            with tight(model, 0, backend=faulty) as engine:
+                assert answer(engine) == want, f"read {number}"
+        except StorageError as error:
+            assert error.path == model and f"(read {number})" in str(error)
+        assert faulty.closed == 1
+        if faulty.opened.reads < number:
+            break
+    assert number > 20
+
+
 def test_every_read_that_fails_while_running_is_named_and_got_over(model: Path) -> None:
     """For every n until the run needs fewer reads: fail the n-th, then the same engine again."""
     faulty = Faulty()
@@ -158,6 +175,15 @@ def test_reads_that_lag_change_no_bit(model: Path, seed: int) -> None:
         assert engine.last_stats is not None and engine.last_stats.stall_share > 0
 
 
+def test_a_disk_that_stutters_changes_no_bit(model: Path) -> None:
+    """Every 16th read takes so long that the ring runs empty."""
+    with tight(model, None) as engine:
+        want = answer(engine)
+    faulty = Faulty(FaultPlan(delay_s=lambda number: 0.03 if number % 16 == 0 else 0.0))
+    with tight(model, 0, backend=faulty) as engine:
+        assert answer(engine) == want == answer(engine)
+
+
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="no positioned reads on this system")
 def test_reads_that_are_short_change_no_bit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tight(model, None) as engine:
@@ -187,7 +213,45 @@ def test_a_file_that_is_cut_while_in_use_is_named(tiny_gguf: Path, tmp_path: Pat
         with pytest.raises(StorageError, match="the file ended near byte"):
             for _ in range(3):
                 answer(engine)
-        path.write_bytes(whole)
+        path.write_bytes(whole)  # the same bytes, but who is to know
+        with pytest.raises(StorageError, match="the file was written to while in use"):
+            answer(engine)
+    with tight(path, 0) as engine:
+        assert answer(engine) == want
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_file_that_is_overwritten_while_in_use_gives_no_wrong_text(
+    model: Path, tmp_path: Path, where: float
+) -> None:
+    """Same length, other bytes: an answer is right, or there is none."""
+    path = Path(shutil.copy(model, tmp_path / "other.gguf"))
+    with tight(path, 0) as engine:
+        want = answer(engine)
+        with open(path, "r+b") as file:
+            file.seek(int(where * path.stat().st_size))
+            file.write(bytes(4096))
+        said = 0
+        for _ in range(3):
+            try:
+                assert answer(engine) == want  # all of it was read before
+            except StorageError as error:
+                said += 1
+                assert error.path == path and "written to while in use" in str(error)
+        assert said >= 2
+
+
+def test_a_file_that_is_replaced_while_in_use_stays_what_it_was(
+    model: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(model, tmp_path / "old.gguf"))
+    other = tmp_path / "new.gguf"
+    other.write_bytes(bytes(path.stat().st_size))
+    with tight(path, 0) as engine:
+        want = answer(engine)
+        os.replace(other, path)
+        assert answer(engine) == want
+        os.unlink(path)
         assert answer(engine) == want
 
 
