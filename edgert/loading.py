@@ -61,5 +61,7 @@ def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
         except (ModelError, UnsupportedError) as error:
             raise type(error)(f"{opened.path}: {error}") from None
 
-    full = plan_for(sys.maxsize).full_bytes
-    return plan_for(resolve_budget(options.memory_budget, full, available_bytes()))
+    asked = options.memory_budget
+    needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
+    full = plan_for(sys.maxsize).full_bytes if needs_full else 0
+    return plan_for(resolve_budget(asked, full, available_bytes()))

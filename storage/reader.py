@@ -1,7 +1,8 @@
 """Reader threads: what the two streamers share.
 
-Owns: a team of threads with one staging buffer each, aligned reads of extents, the hand-over of
-an error to the caller, and the counters. Must not know the order of reads nor where the bytes go.
+Owns: a team of threads with as many staging buffers, aligned reads of extents, the pipeline from
+reading to placing, the hand-over of an error to the caller, and the counters. Must not know the
+order of reads nor where the bytes go.
 
 Threads, not an event loop: `os.preadv` and the repacking release the GIL, so a few Python threads
 keep a device of several GB/s busy with requests of 1-4 MiB. In the pipeline half of them only read
