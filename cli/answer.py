@@ -74,12 +74,12 @@ def answer(
             opening = ""
     progress.close()
     found.stats = session.last_stats
-    if not silent and found.stats is not None and engine.is_streamed:
+    if not silent and not found.text.endswith("\n"):
+        click.echo()
+    if not silent and found.stats and engine.is_streamed and found.finish_reason != "cancelled":
         if not engine.device_bytes_per_s:
             engine.measure_device()  # once, and behind the text: nobody waits for it
         found.stats = replace(found.stats, device_bytes_per_s=engine.device_bytes_per_s)
-    if not silent and not found.text.endswith("\n"):
-        click.echo()
     return found
 
 
