@@ -5,8 +5,8 @@ reading to placing, the hand-over of an error to the caller, and the counters. M
 order of reads nor where the bytes go.
 
 Threads, not an event loop: `os.preadv` and the repacking release the GIL, so a few Python threads
-keep a device of several GB/s busy with requests of 1-4 MiB. In the pipeline half of them only read
-and half only place: a thread that did both in turn would leave the device without a request
+keep a device of several GB/s busy with requests of 1-4 MiB. In the pipeline two thirds of them only
+read and a third only place: threads that did both in turn would leave the device without a request
 whenever several reads end together, as they do on a virtual disk.
 """
 
@@ -109,10 +109,10 @@ class ReaderTeam:
         """Threads that read what `take` names next, and threads that `place` what was read.
 
         `take` gives what to read and what to hand to `place`, or None at the end; it may block,
-        and is called by several threads, one or more for each two buffers.
+        and is called by several threads.
         """
-        n_reading = (self.n_readers + 1) // 2
-        n_placing = max(1, self.n_readers - n_reading)
+        n_placing = max(1, self.n_readers // 3)
+        n_reading = max(1, self.n_readers - n_placing)
         free, full = SimpleQueue[int](), SimpleQueue[tuple[int, list[Bytes], _Job] | None]()
         for buffer in range(self.n_readers):
             free.put(buffer)

@@ -123,7 +123,7 @@ def test_readers_run_ahead_until_the_slots_are_full_and_then_sleep():
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 6])
 def test_threads_that_place_leave_others_that_read(threads):
-    """While no tile is placed, reads go on into every buffer; half of them at most are placed."""
+    """While no tile is placed, reads go on into every buffer; a third at most is being placed."""
     dense = Dense(n_tiles=9, n_slots=8, threads=threads)
     true, go_on, inside, taken = dense.place, threading.Event(), [], []
 
@@ -137,7 +137,7 @@ def test_threads_that_place_leave_others_that_read(threads):
     s = dense.streamer
     s._place = place
     s.start()
-    placing = max(1, threads // 2)
+    placing = max(1, threads // 3)
     assert wait_for(lambda: len(inside) == placing, s.failed)
     first = sum(len(tile.parts) for tile in dense.tiles[:threads])
     assert wait_for(lambda: dense.backend.reads == first, s.failed)
