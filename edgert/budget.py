@@ -9,7 +9,7 @@ import logging
 
 from edgert.errors import InputError
 from edgert.machine import cgroup_limit_bytes
-from edgert.units import format_bytes, parse_bytes
+from edgert.units import parse_bytes
 
 __all__ = ["resolve_budget", "within_cgroup"]
 
@@ -36,12 +36,12 @@ def resolve_budget(asked: int | str | None, full_bytes: int, available: int) -> 
 def within_cgroup(budget: int) -> int:
     """The budget, or the limit of the enclosing cgroup with a warning where that is smaller."""
     limit = cgroup_limit_bytes()
-    if limit is None or budget <= limit:
+    if limit is None or budget < limit + 4096:  # limits are whole pages
         return budget
+    asked, granted = budget / 2**20, limit / 2**20
     _LOG.warning(
-        "a memory budget of %s is above the cgroup's limit of %s; the limit counts",
-        format_bytes(budget), format_bytes(limit),
-    )  # fmt: skip
+        "the cgroup's limit of %.1f MiB counts, not the budget of %.1f MiB", granted, asked
+    )
     return limit
 
 

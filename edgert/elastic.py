@@ -9,8 +9,8 @@ tokens of a pass stay.
 
 The order in which tiles go is fixed when the model is opened, and it is also their order in memory:
 resident tiles are always the first ones of it. So a smaller budget's tiles are among those of a
-larger one, no tile ever moves, and what is given back is one piece at the end. (Tiles at places in
-between would share huge pages with their neighbours: the kernel gives those back only when it must.)
+larger one, no tile ever moves, and what is given back is one piece at the end. (Tiles in between
+would share huge pages with their neighbours: the kernel gives those back only when it must.)
 """
 
 from __future__ import annotations
@@ -95,11 +95,15 @@ def _spread(items: Sequence[int]) -> list[int]:
     return [items[rank] for rank in ranks if rank < len(items)]
 
 
-def resized(opened: Plan, need: Need, budget: int) -> Plan:
+def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     """The plan of an engine that was opened with the plan `opened`, for another budget in bytes.
 
-    Raises `BudgetError` with the smallest budget this engine can come down to.
+    `others`: bytes by which other engines of the process have grown since then. Raises
+    `BudgetError` with the smallest budget this engine can come down to.
     """
+    process = replace(opened.regions[0], nbytes=opened.regions[0].nbytes + others)
+    assert process.name == "process"
+    opened = replace(opened, regions=(process, *opened.regions[1:]))
     regions = {r.name: r.nbytes for r in opened.regions}
     reading = opened.reader_threads * opened.staging_bytes
     fixed = opened.total_bytes - sum(regions[n] for n in ("resident", "embedding", "window"))

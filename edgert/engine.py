@@ -19,7 +19,7 @@ from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
 from edgert.elastic import Rooms, resized, rooms_of
-from edgert.errors import CancelledError, EdgertError, InputError
+from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
 from edgert.forward import Forward
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.program import Program, Rows
@@ -32,7 +32,7 @@ from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
-from edgert.storage.arena import Arena
+from edgert.storage.arena import Arena, promised_bytes
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
 from edgert.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ from edgert.weights import Weights
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
+_resizing = threading.Lock()  # one change at a time in the process: each counts the others' memory
 _RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
 
 
@@ -72,7 +73,6 @@ class Engine:
         }
         self._closed = False
         self._closing = threading.Lock()
-        self._resizing = threading.Lock()
         need = self._need = need_of(
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
@@ -89,6 +89,7 @@ class Engine:
     def _take_arena(self, plan: Plan, need: Need) -> Rooms | None:
         """The one allocation, with addresses for other budgets where the system has them."""
         nbytes = _arena_bytes(plan)
+        self._others_bytes = promised_bytes()  # part of the plan's process
         rooms: Rooms | None = rooms_of(plan, need) if sys.platform != "win32" else None
         try:
             self._arena = Arena(nbytes, rooms.total if rooms else 0)
@@ -183,7 +184,8 @@ class Engine:
         limit. Any thread may call it, also between the tokens of a stream. A smaller budget stops
         the pass under way, which begins again after it; a larger one waits for its end and then
         reads what becomes resident. The memory is given back, or in use, when this returns the new
-        plan. Context length and the most tokens of a pass stay as they are.
+        plan. Context length and the most tokens of a pass stay as they are. Other engines of the
+        process are part of every budget, as they are at that moment, and stay as they are.
 
         Raises `BudgetError` with the smallest budget that this engine can come down to,
         `InputError`, `StorageError` when what becomes resident cannot be read: the budget then
@@ -191,15 +193,11 @@ class Engine:
         """
         self._check_open()
         LoadOptions(memory_budget=budget)  # refuses what is no size
-        opened = self._opened_plan
-        if opened is None:
-            raise EdgertError(
-                "the system gave no addresses for a budget that changes; load the model again"
-            )
-        nbytes = within_cgroup(resolve_budget(budget, opened.full_bytes, 0))
+        nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, 0))
         stop = threading.Event()
-        with self._resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
-            plan = resized(opened, self._need, nbytes)
+        with _resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
+            self._check_open()  # the arena is gone with it
+            plan = self._plan_for(nbytes)
             # In a thread of its own, so that Ctrl-C never tears it: it ends the reading instead.
             done = worker.submit(self._resize, plan, stop)
             try:
@@ -208,6 +206,21 @@ class Engine:
                 stop.set()
                 raise
         return self.plan
+
+    def smallest_budget(self) -> int:
+        """The smallest budget in bytes that `set_memory_budget` can come down to now."""
+        try:
+            return self._plan_for(1).total_bytes
+        except BudgetError as error:
+            return error.need_bytes
+
+    def _plan_for(self, nbytes: int) -> Plan:
+        if self._opened_plan is None:
+            raise EdgertError(
+                "the system gave no addresses for a budget that changes; load the model again"
+            )
+        others = promised_bytes() - self._arena.nbytes - self._others_bytes
+        return resized(self._opened_plan, self._need, nbytes, others=others)
 
     def _resize(self, plan: Plan, stop: threading.Event) -> None:
         def on_read(_done: int, _total: int) -> None:

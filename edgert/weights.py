@@ -224,7 +224,8 @@ class Weights:
         try:
             self._move_ends(plan, arena_bytes + plan.total_bytes - before.total_bytes)
             pairs = zip(plan.tiles, before.tiles, strict=True)
-            self._load_tiles([t for t, b in pairs if t.stream_index < 0 <= b.stream_index], progress)
+            added = [t for t, b in pairs if t.stream_index < 0 <= b.stream_index]
+            self._load_tiles(added, progress)
             if plan.embedding_resident and not before.embedding_resident:
                 self._load_embedding()
         except BaseException:

@@ -12,8 +12,11 @@ nothing. Huge pages are asked for in the prefix only: elsewhere one touched byte
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
+import threading
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +26,11 @@ import numpy.typing as npt
 from edgert.errors import EdgertError
 from edgert.units import align_down, align_up, format_bytes
 
-__all__ = ["Arena", "ArenaRegion"]
+__all__ = ["Arena", "ArenaRegion", "absent_bytes", "promised_bytes"]
 
+
+_open: weakref.WeakSet[Arena] = weakref.WeakSet()  # of this process
+_open_lock = threading.Lock()
 
 # Addresses are no promise of memory; without it the system counts them all. Not in Python's mmap.
 _MAP_NORESERVE = 0x4000  # on x86 and ARM
@@ -63,6 +69,8 @@ class Arena:
                 "lower --memory-budget"
             ) from error
         self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
+        with _open_lock:
+            _open.add(self)
 
     @property
     def state(self) -> str:
@@ -133,6 +141,24 @@ class Arena:
         self._regions[name] = replace(region, nbytes=nbytes)
         self._used = used
 
+    def present_bytes(self) -> int:
+        """Bytes whose pages exist; what was never touched has none. All, where nobody can tell."""
+        if sys.platform != "linux" or self._bytes is None:
+            return self._used
+        step = 2**14  # pages asked for at once
+        seen = np.zeros(step, np.uint8)
+        found = 0
+        for at in range(0, -(-len(self._bytes) // mmap.PAGESIZE), step):
+            start = at * mmap.PAGESIZE
+            nbytes = min(step * mmap.PAGESIZE, len(self._bytes) - start)
+            seen[:] = 0
+            ctypes.CDLL(None).mincore(
+                ctypes.c_void_p(self.address + start), ctypes.c_size_t(nbytes),
+                ctypes.c_void_p(seen.ctypes.data),
+            )  # fmt: skip
+            found += int(np.count_nonzero(seen & 1))
+        return found * mmap.PAGESIZE
+
     def seal(self) -> None:
         """End taking. Idempotent until closed."""
         assert self._state != "closed", "the arena is closed"
@@ -146,12 +172,26 @@ class Arena:
         if self._state == "closed":
             return
         self._state = "closed"
+        with _open_lock:
+            _open.discard(self)
         self._bytes = None
         _advise(self._map, _RELEASE, 0, len(self._map))
         try:
             self._map.close()
         except BufferError:  # views are alive; the mapping ends with the last of them
             pass
+
+
+def promised_bytes() -> int:
+    """What all arenas of this process together may have in use now."""
+    with _open_lock:
+        return sum(arena.nbytes for arena in _open)
+
+
+def absent_bytes() -> int:
+    """Of that, what no page exists for yet: the process will grow by it without asking again."""
+    with _open_lock:
+        return sum(max(arena.nbytes - arena.present_bytes(), 0) for arena in _open)
 
 
 # What takes pages away at once: macOS only marks them with DONTNEED.
