@@ -235,7 +235,7 @@ class Engine:
             self.plan, self._inner_rows = plan, inner
             return plan, program
 
-        self.forward.change(make, at_once=plan.total_bytes < self.plan.total_bytes)
+        self.forward.change(make, at_once=_arena_bytes(plan) < _arena_bytes(self.plan))
         trim_heap()
 
     def __repr__(self) -> str:

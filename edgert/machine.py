@@ -1,8 +1,8 @@
 """What the machine gives this process: memory, cores, and what it uses of them.
 
 Owns: cgroup v1 and v2 limits, free memory and pressure on it, resident and peak memory, the default
-thread count. Must not know models or plans. Only reads; nothing here changes the machine, except `release_cache`,
-which gives clean file pages back, and `trim_heap`.
+thread count. Must not know models or plans. Only reads; nothing here changes the machine, except
+`release_cache`, which gives clean file pages back, and `trim_heap`.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Weights:
         self._load_vectors()
         self._load_tiles([t for t in self._plan.tiles if t.stream_index < 0], progress)
         if self._plan.embedding_resident:
-            self._load_embedding()
+            self._load_embedding(progress)
         self._make_streamers()
         self.reset()
 
@@ -158,12 +158,14 @@ class Weights:
             self._vectors[need.name] = vector
             at += nbytes
 
-    def _load_embedding(self) -> None:
+    def _load_embedding(self, progress: Progress | None) -> None:
         extent = self._manifest.tensors["token_embd.weight"].extent
         step = self._plan.staging_bytes - 2 * _PAGE
         for at in range(0, extent.nbytes, step):
             part = Extent(extent.file_index, extent.offset + at, min(step, extent.nbytes - at))
             self._embedding[at : at + part.nbytes] = self._read(part)
+            if progress:
+                progress(at + part.nbytes, extent.nbytes)
 
     def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
         entry = self._manifest.tensors[tile.tensor]
@@ -221,13 +223,14 @@ class Weights:
         for stream in self._streams:
             stream.halt()
         arena_bytes = self._arena.nbytes
+        more = sum(_elastic_bytes(plan).values()) - sum(_elastic_bytes(before).values())
         try:
-            self._move_ends(plan, arena_bytes + plan.total_bytes - before.total_bytes)
+            self._move_ends(plan, arena_bytes + more)
             pairs = zip(plan.tiles, before.tiles, strict=True)
             added = [t for t, b in pairs if t.stream_index < 0 <= b.stream_index]
             self._load_tiles(added, progress)
             if plan.embedding_resident and not before.embedding_resident:
-                self._load_embedding()
+                self._load_embedding(progress)
         except BaseException:
             # Only a larger budget reads, and it takes no weight away that a smaller one has.
             self._move_ends(before, arena_bytes)
@@ -321,6 +324,7 @@ class Weights:
 
         `work` names the routing buffers of the run state.
         """
+        streams[:] = 0  # nothing may look at the flags of a ring that is gone
         if self.streamer is not None:
             s = self.streamer
             streams[rows.S_READY] = s.ready.ctypes.data
