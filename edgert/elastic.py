@@ -22,7 +22,7 @@ from edgert.errors import BudgetError
 from edgert.plan import Plan, Region
 from edgert.plan_parts import Need, TilePlan
 
-__all__ = ["Rooms", "leaving_order", "resized", "rooms_of"]
+__all__ = ["Rooms", "elastic_bytes", "leaving_order", "resized", "rooms_of"]
 
 _RING_SLOTS = 12  # when the model was opened without a ring; the most any plan takes
 _RING_LEAST = 4
@@ -66,6 +66,14 @@ def rooms_of(opened: Plan, need: Need) -> Rooms:
     )
 
 
+def elastic_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes in use of each elastic region, named as in `Rooms`."""
+    regions = {r.name: r.nbytes for r in plan.regions}
+    more = (plan.staging_buffers - plan.reader_threads) * plan.staging_bytes
+    names = ("resident", "embedding", "window", "experts")
+    return {name: regions[name] for name in names} | {"staging": more}
+
+
 def _ring_slots(opened: Plan) -> int:
     streamed = sum(t.stream_index >= 0 for t in opened.tiles)
     if 0 < opened.slots < streamed - 1:  # else it was cut short by the number of tiles
@@ -104,10 +112,8 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     process = replace(opened.regions[0], nbytes=opened.regions[0].nbytes + others)
     assert process.name == "process"
     opened = replace(opened, regions=(process, *opened.regions[1:]))
-    regions = {r.name: r.nbytes for r in opened.regions}
     reading = opened.reader_threads * opened.staging_bytes
-    fixed = opened.total_bytes - sum(regions[n] for n in ("resident", "embedding", "window"))
-    fixed -= regions["experts"] + opened.staging_buffers * opened.staging_bytes - reading
+    fixed = opened.total_bytes - sum(elastic_bytes(opened).values())
     order = leaving_order(opened)
     sizes = [opened.tiles[i].nbytes for i in order]
     kept = _keep(need, sizes, budget - fixed, reading, _ring_slots(opened))

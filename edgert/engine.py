@@ -24,7 +24,7 @@ from edgert.forward import Forward
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
-from edgert.machine import peak_bytes, resident_bytes, trim_heap
+from edgert.machine import available_bytes, peak_bytes, resident_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
@@ -177,15 +177,16 @@ class Engine:
         regions = {r.name: r.nbytes for r in self.plan.regions}
         return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
 
-    def set_memory_budget(self, budget: int | str) -> Plan:
+    def set_memory_budget(self, budget: int | str | None) -> Plan:
         """Give memory back, or take more, while the engine goes on; no bit of any output changes.
 
-        `budget`: as for `load`, "50%" being of the same whole; above the limit of the cgroup, that
-        limit. Any thread may call it, also between the tokens of a stream. A smaller budget stops
-        the pass under way, which begins again after it; a larger one waits for its end and then
-        reads what becomes resident. The memory is given back, or in use, when this returns the new
-        plan. Context length and the most tokens of a pass stay as they are. Other engines of the
-        process are part of every budget, as they are at that moment, and stay as they are.
+        `budget`: as for `load`, "50%" being of the same whole; above the limit of the cgroup it is
+        that limit. Any thread may call it, also between the tokens of a stream. A smaller budget
+        stops the pass under way, which begins again after it; a larger one waits for its end and
+        then reads what becomes resident. When this returns the new plan, memory has been given
+        back or is in use. Context length and the most tokens of a pass stay as they are. Other
+        engines of the process are part of every budget, with all they may use at that moment, and
+        stay as they are.
 
         Raises `BudgetError` with the smallest budget that this engine can come down to,
         `InputError`, `StorageError` when what becomes resident cannot be read: the budget then
@@ -193,7 +194,7 @@ class Engine:
         """
         self._check_open()
         LoadOptions(memory_budget=budget)  # refuses what is no size
-        nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, 0))
+        nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, available_bytes()))
         stop = threading.Event()
         with _resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
             self._check_open()  # the arena is gone with it

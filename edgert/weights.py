@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.elastic import Rooms, leaving_order
+from edgert.elastic import Rooms, elastic_bytes, leaving_order
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS, repack, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
@@ -63,7 +63,7 @@ class Weights:
         self._busy_ns = 0  # of streamers that were replaced
         self.streamer: Streamer | None = None
         self.experts: ExpertStreamer | None = None
-        sizes = _elastic_bytes(plan)
+        sizes = elastic_bytes(plan)
         spaces = {
             name: arena.take(name, nbytes, _PAGE, room=getattr(rooms, name) if rooms else nbytes)
             for name, nbytes in sizes.items()
@@ -223,7 +223,7 @@ class Weights:
         for stream in self._streams:
             stream.halt()
         arena_bytes = self._arena.nbytes
-        more = sum(_elastic_bytes(plan).values()) - sum(_elastic_bytes(before).values())
+        more = sum(elastic_bytes(plan).values()) - sum(elastic_bytes(before).values())
         try:
             self._move_ends(plan, arena_bytes + more)
             pairs = zip(plan.tiles, before.tiles, strict=True)
@@ -246,7 +246,7 @@ class Weights:
     def _move_ends(self, plan: Plan, arena_bytes: int) -> None:
         """Give the elastic regions the sizes of `plan`: first those that shrink."""
         have = {r.name: r.nbytes for r in self._arena.regions}
-        sizes = _elastic_bytes(plan)
+        sizes = elastic_bytes(plan)
         self._arena.nbytes = max(self._arena.nbytes, arena_bytes)
         for name in sorted(sizes, key=lambda name: sizes[name] - have[name]):
             self._arena.resize(name, sizes[name])
@@ -376,11 +376,3 @@ class Weights:
         for stream in self._streams:
             stream.close()
         self._vectors.clear()
-
-
-def _elastic_bytes(plan: Plan) -> dict[str, int]:
-    """Bytes in use of each elastic region, named as in `Rooms`."""
-    regions = {r.name: r.nbytes for r in plan.regions}
-    more = (plan.staging_buffers - plan.reader_threads) * plan.staging_bytes
-    names = ("resident", "embedding", "window", "experts")
-    return {name: regions[name] for name in names} | {"staging": more}

@@ -304,9 +304,8 @@ def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) 
         child = subprocess.Popen(
             limit.command([sys.executable, "-c", SHRINK, str(path), PROMPT]),
             cwd=ROOT, env=environment(), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        assert child.stdin is not None and child.stdout is not None
 
         def say(word: str) -> dict[str, Any]:
             child.stdin.write(json.dumps(word) + "\n")  # type: ignore[union-attr]
@@ -314,13 +313,14 @@ def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) 
             found: dict[str, Any] = json.loads(child.stdout.readline())  # type: ignore[union-attr]
             return found
 
-        assert json.loads(child.stdout.readline()) == {"ask": "50%"}
-        before = limit.current_bytes()
-        budget = say("50%")["budget"]
-        assert limit.current_bytes() < budget < before
-        assert say("go on") == {"ask": "100%"}
-        assert limit.current_bytes() < budget, "it stays away while the model goes on"
-        assert say("100%")["same"]
-        assert child.wait(60) == 0
+        with child:
+            assert json.loads(child.stdout.readline()) == {"ask": "50%"}  # type: ignore[union-attr]
+            before = limit.current_bytes()
+            budget = say("50%")["budget"]
+            assert limit.current_bytes() < budget < before
+            assert say("go on") == {"ask": "100%"}
+            assert limit.current_bytes() < budget, "it stays away while the model goes on"
+            assert say("100%")["same"]
+        assert child.returncode == 0
         peak = limit.peak_bytes()
         assert peak is None or peak < full + 32 * MIB
