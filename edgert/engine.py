@@ -203,6 +203,8 @@ class Engine:
             done = worker.submit(self._resize, plan, stop)
             try:
                 done.result()
+            except OSError as error:  # no pipe or thread for a ring
+                raise EdgertError(f"the memory budget stays as it was: {error}") from error
             except BaseException:
                 stop.set()
                 raise
