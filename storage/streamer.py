@@ -146,7 +146,7 @@ class Streamer:
         os.close(self.free_fd)
 
     def halt(self) -> None:
-        """Stop and join the threads; a read under way is finished first. `reset` starts again."""
+        """Stop and join the threads; a read under way is finished first. `reset` begins again."""
         self._team.stopping = True
         if self._team.running:
             for _ in range(self._team.n_readers):
