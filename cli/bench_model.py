@@ -26,7 +26,7 @@ from edgert.cli.report import table
 if TYPE_CHECKING:
     from edgert import Engine, RunStats, Tokenizer
 
-__all__ = ["PAST", "Sizes", "bench_model", "forget", "model_text", "some_text"]
+__all__ = ["PAST", "Sizes", "bench_model", "model_text", "some_text"]
 
 DEFAULT_PROMPT = 512
 PAST = 16  # tokens in the KV cache before decode and batch rows
@@ -87,14 +87,14 @@ def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict
 
 def _trial(engine: Engine, prompt: list[int], gen_tokens: int, progress: Progress) -> Answer:
     """One run with an empty KV cache; tokens that would end the text are banned."""
-    forget(engine, prompt)
+    _forget(engine, prompt)
     banned = {token: -math.inf for token in engine.tokenizer.eos_ids}
     sampling = {"max_tokens": gen_tokens, "temperature": 0.0, "seed": 0, "logit_bias": banned}
     sampling |= {"speculate": False}  # the text repeats itself
     return answer(engine, prompt, sampling, progress, silent=True)
 
 
-def forget(engine: Engine, prompt: list[int]) -> None:
+def _forget(engine: Engine, prompt: list[int]) -> None:
     """Leave a KV cache in which nothing of `prompt` can be found."""
     engine.logits([(prompt[0] + 1) % engine.vocab_size])
 
@@ -105,7 +105,7 @@ def _batches(engine: Engine, sizes: Sizes, progress: Progress) -> dict[str, floa
     counts = [n for n in sizes.batches if n <= most]
     text = some_text(engine.tokenizer, PAST + max(counts, default=0))
     seconds: dict[int, list[float]] = {n: [] for n in counts}
-    forget(engine, text)
+    _forget(engine, text)
     for repeat in range(_REPEATS):
         for n in counts:
             progress.update(repeat, _REPEATS, f"batch {n}")

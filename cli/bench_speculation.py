@@ -18,7 +18,7 @@ import click
 import edgert
 from edgert import InputError, format_bytes
 from edgert.cli.answer import Answer, answer
-from edgert.cli.bench_model import Sizes, forget, some_text
+from edgert.cli.bench_model import Sizes, some_text
 from edgert.cli.options import ModelOptions
 from edgert.cli.progress import Progress
 from edgert.cli.report import table
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bench_speculation", "speculation_text"]
 
-_BEGINNING = 24  # tokens of a text that is told once more
 _OPENING = 16  # tokens of a prompt in which nothing repeats
+_OWN = 256  # tokens of a text of the model's own: the likeliest words again and again
 _TEMPERATURES = (0.0, 0.8)
 
 
@@ -47,8 +47,8 @@ def bench_speculation(
 ) -> dict[str, Any]:
     """Measure each prompt with and without guessing; the object that --json prints.
 
-    The prompts: `file`, or a text of the model's own followed by its beginning ("repeats"), and an
-    opening ("new"). Raises `EdgertError` if guessing changed a token.
+    The prompts: `file`, or a long text of the model's own, and an opening ("new"). Each prompt is
+    computed once: what is measured is decoding. Raises `EdgertError` if guessing changed a token.
     """
     with options.load(progress) as engine:
         progress.close()
@@ -67,9 +67,10 @@ def _cases(engine: Engine, sizes: Sizes, file: Path | None, progress: Progress) 
     if file is not None:
         prompts = {file.name: engine.tokenize(_text_of(file))}
     else:
-        told = _Case("", opening, {"max_tokens": sizes.gen_tokens + _BEGINNING, "temperature": 0.0})
-        text = [*opening, *_run(engine, told, False, progress).tokens]
-        prompts = {"repeats": text + text[:_BEGINNING], "new": opening}
+        room = engine.context_length - sizes.gen_tokens - 1
+        length = max(min(sizes.prompt_tokens or _OWN, room) - _OPENING, 1)
+        own = _Case("", opening, {"max_tokens": length, "temperature": 0.0})
+        prompts = {"own text": opening + _run(engine, own, True, progress).tokens, "new": opening}
     banned = {token: -math.inf for token in engine.tokenizer.eos_ids}
     common = {"max_tokens": sizes.gen_tokens, "seed": 0, "logit_bias": banned}
     return [
@@ -89,7 +90,6 @@ def _text_of(file: Path) -> str:
 
 
 def _run(engine: Engine, case: _Case, speculate: bool, progress: Progress) -> Answer:
-    forget(engine, case.prompt)
     sampling = case.sampling | {"speculate": speculate}
     found = answer(engine, case.prompt, sampling, progress, silent=True)
     if found.finish_reason == "cancelled":

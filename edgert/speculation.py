@@ -28,8 +28,7 @@ _WALK = 32  # matches looked at, the latest first: 10 us at worst
 
 # A draft must promise this much more than none: estimates are a few percent off.
 _MARGIN = 1.03
-# Below it, guessing costs more than a few percent of the pass.
-_WORTH_SECONDS = 1e-3
+_WORTH_SECONDS = 5e-4  # of a pass: guessing takes 5 to 15 us
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +125,19 @@ def lookup_ref(tokens: Sequence[int], most: int) -> list[int]:
 class PassCosts:
     """Seconds of a pass of n tokens, from the last passes of each size. Any thread may add.
 
-    A size that was not seen lately is taken to cost what the next smaller one costs, and
-    `growth` of one token for each token more.
+    A size that was not seen lately lies on the line between the next ones that were. Beyond them a
+    token adds what it was seen to add, and at least `growth` of a pass of one.
     """
 
     _KEPT = 5  # the median of so many: a disk stutters
     _FRESH = 128  # passes until a measurement is forgotten: disks, budgets and contexts change
 
     def __init__(self, growth: float, most: int = MOST_DRAFTED + 1) -> None:
-        self._shape = [1 + growth * max(n - 1, 0) for n in range(most + 1)]
+        self._growth = growth
         self._seconds = [deque[float](maxlen=self._KEPT) for _ in range(most + 1)]
         self._last = [0] * (most + 1)
         self._passes = 0
+        self.latest = float("inf")  # seconds of the last pass
 
     def add(self, n: int, seconds: float) -> None:
         """A pass of `n` tokens took `seconds`. One of more than `most` tokens says nothing."""
@@ -145,26 +145,26 @@ class PassCosts:
             self._passes += 1
             self._last[n] = self._passes
             self._seconds[n].append(seconds)
+            self.latest = seconds
 
     def table(self, most: int) -> list[float]:
-        """Seconds of passes of 0 (not used) to `most` tokens; without any measurement, relative."""
-        known: list[float | None] = [None] * (most + 1)
+        """Seconds of passes of 0 (not used) to `most` tokens; empty if one of 1 is to be timed."""
+        costs = [0.0, 0.0]
         for n in range(1, most + 1):
             if self._passes - self._last[n] > self._FRESH:
                 self._seconds[n].clear()
-            if times := sorted(self._seconds[n]):
-                known[n] = times[len(times) // 2]
-        shape = self._shape
-        near = next((n for n, value in enumerate(known) if value is not None), 0)
-        unit = (known[near] or 1.0) / shape[near]  # what one token would cost by the shape
-        costs = [0.0] * (most + 1)
-        at = 0
-        for n in range(1, most + 1):
-            value = known[n]
-            if value is not None:
-                at = n
-            guess = costs[at] + unit * (shape[n] - shape[at]) if at else unit * shape[n]
-            costs[n] = guess if value is None else value
+            times = sorted(self._seconds[n])
+            if not times and n == 1:
+                return []
+            if not times:
+                continue
+            value, at = times[len(times) // 2], len(costs) - 1
+            step = (value - costs[at]) / max(n - at, 1)
+            costs += [costs[at] + step * (i - at) for i in range(at + 1, n + 1)]
+            costs[n] = value
+        at = len(costs) - 1
+        step = max(self._growth * costs[1], (costs[at] - costs[1]) / max(at - 1, 1))
+        costs += [costs[at] + step * (i - at) for i in range(at + 1, most + 1)]
         for n in range(most - 1, 0, -1):  # a shorter pass never costs more
             costs[n] = min(costs[n], costs[n + 1])
         return costs
@@ -192,7 +192,7 @@ class Speculator:
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """The tokens to verify with the next pass, at most `most`."""
         most = min(most, self._most)
-        if most < 1:
+        if most < 1 or self._costs.latest < _WORTH_SECONDS:
             self._guess = Draft()
             return []
         self._guess = self._drafter.draft(tokens, most)
@@ -204,6 +204,8 @@ class Speculator:
         if not kinds:
             return 0
         costs = self._costs.table(len(kinds) + 1)
+        if not costs:
+            return 0
         length, rate = 0, _MARGIN / costs[1]
         expected = chance = 1.0
         for n, kind in enumerate(kinds, 1):
