@@ -29,9 +29,9 @@ from edgert.weights import Weights
 __all__ = ["Forward", "PassStats", "Ticket"]
 
 _F32 = npt.NDArray[np.float32]
-# What one more token adds to a pass, as a share of a pass of one, until it has been measured. Of
-# experts a pass reads the union.
-_DENSE_GROWTH, _MOE_GROWTH = 0.1, 0.5
+# What one more token adds to a pass, as a share of a pass of one, until it has been measured: next
+# to nothing where weights are streamed; of experts a pass reads the union.
+_STREAMED_GROWTH, _RESIDENT_GROWTH, _EXPERTS_GROWTH = 0.02, 0.1, 0.5
 
 
 class Ticket:
@@ -78,7 +78,8 @@ class Forward:
         self._ticket: Ticket | None = None  # of the request under way
         self.lock = threading.RLock()
         self.stats = PassStats()
-        self.costs = PassCosts(_MOE_GROWTH if plan.expert_slots else _DENSE_GROWTH)
+        growth = _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH
+        self.costs = PassCosts(_EXPERTS_GROWTH if plan.expert_slots else growth)
 
     def cancel(self, ticket: Ticket) -> None:
         """End the requests with this ticket, one under way within one op; no other is touched."""
