@@ -149,7 +149,7 @@ class PassCosts:
 
     def table(self, most: int) -> list[float]:
         """Seconds of passes of 0 (not used) to `most` tokens; empty if one of 1 is to be timed."""
-        costs = [0.0, 0.0]
+        costs = [0.0, 0.0]  # as far as the largest size that was timed, then to the end
         for n in range(1, most + 1):
             if self._passes - self._last[n] > self._FRESH:
                 self._seconds[n].clear()
