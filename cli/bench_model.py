@@ -94,6 +94,7 @@ def _trial(engine: Engine, prompt: list[int], gen_tokens: int, progress: Progres
     before = engine.measure_device() if engine.is_streamed else 0.0
     banned = {token: -math.inf for token in engine.tokenizer.eos_ids}
     sampling = {"max_tokens": gen_tokens, "temperature": 0.0, "seed": 0, "logit_bias": banned}
+    sampling |= {"speculate": False}  # the text repeats itself
     run = answer(engine, prompt, sampling, progress, silent=True)
     if engine.is_streamed and run.stats is not None:
         rate = (before + engine.measure_device()) / 2

@@ -275,7 +275,7 @@ class Engine:
         The same bits at any budget, thread count and chunk size. Raises `ContextError`.
         """
         self._check_open()
-        return self.forward.evaluate(list(tokens), self.vocab_size, every=True)
+        return self.forward.evaluate(list(tokens), self.vocab_size, last=len(tokens))
 
     # ---- text ----------------------------------------------------------------------------------
 
@@ -302,8 +302,9 @@ class Engine:
         Options: `max_tokens` (None: until the text ends or the context is full), `temperature`,
         `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`, `presence_penalty`,
         `frequency_penalty`, `logit_bias`, `seed` (None draws one), `stop` (a text or several),
-        `on_prefill(done, total)`. Defaults are the model's own (`general.sampling.*`), else
-        llama.cpp's.
+        `on_prefill(done, total)`; `speculate` (True) guesses tokens from what was said before and
+        verifies up to `draft_max` of them in a pass where that is faster: the same tokens, sooner.
+        Defaults are the model's own (`general.sampling.*`), else llama.cpp's.
 
         Returns a `Completion`, or with `stream` an iterator of `TokenEvent`; closing it ends the
         generation. Raises `ContextError`, `InputError`, `StorageError`.
@@ -358,6 +359,8 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         on_prefill: Callable[[int, int], object] | None = None,
+        speculate: bool = True,
+        draft_max: int = 15,
         **sampling: Any,
     ) -> GenerationOptions:
         """Checked options of one generation. Raises `InputError` naming what is wrong."""
@@ -366,7 +369,7 @@ class Engine:
         except TypeError as error:
             raise InputError(f"generate: {error}") from None
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return GenerationOptions(params, max_tokens, seed, stops, on_prefill)
+        return GenerationOptions(params, max_tokens, seed, stops, on_prefill, speculate, draft_max)
 
     # ---- the end -------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ class RunStats:
     prompt_tokens: int  # of the prompt, reused ones included
     reused_tokens: int  # of those, already in the KV cache
     generated_tokens: int
+    drafted_tokens: int  # guessed, and verified several in a pass
+    accepted_tokens: int  # of those, right
     prefill_seconds: float
     decode_seconds: float
     prefill_tok_s: float

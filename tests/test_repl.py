@@ -76,6 +76,8 @@ def test_several_lines(talk: repl.Conversation) -> None:
 def test_set(talk: repl.Conversation, capsys: pytest.CaptureFixture[str]) -> None:
     talk.loop(typed("/set parameter temperature 0.25", "/set parameter max_tokens -1"))
     assert talk.sampling == {"temperature": 0.25, "seed": 1}
+    talk.loop(typed("/set parameter speculate off", "/set parameter draft_max 7"))
+    assert talk.sampling.pop("speculate") is False and talk.sampling.pop("draft_max") == 7
     for line in ("parameter heat 1", "parameter top_k", "parameter top_k -3", "parameter top_p x"):
         talk.loop(typed(f"/set {line}"))
     assert talk.sampling == {"temperature": 0.25, "seed": 1}
