@@ -17,8 +17,9 @@ from edgert.chat_template import render_chat
 from edgert.config import SamplingParams
 from edgert.errors import EdgertError, InputError
 from edgert.forward import Forward
+from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
-from edgert.kernels_cpu.program import Rows
+from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
 from edgert.machine import peak_bytes, resident_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
@@ -31,6 +32,7 @@ from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
+from edgert.timeline import Span, Timeline, no_span
 from edgert.tokenizer import Tokenizer
 from edgert.units import KIB, align_up
 from edgert.weights import Weights
@@ -56,6 +58,7 @@ class Engine:
         plan: Plan,
         backend: Backend,
         on_progress: Progress | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.spec = opened.spec
         self.plan = plan
@@ -63,6 +66,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0
+        self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
@@ -75,14 +79,20 @@ class Engine:
         try:
             self._arena = Arena(_arena_bytes(plan))
             self._held.append(self._arena.close)
-            self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+            self.weights = Weights(
+                timeline.watch(backend) if timeline else backend, opened.manifest, need, plan,
+                self._arena, self.span,
+            )  # fmt: skip
             self._held.append(self.weights.close)
-            self._open(need, on_progress)
+            program = self._open(need, on_progress)
+            if timeline:
+                timeline.describe(program, opened.manifest, plan.total_bytes)
+                self._team.streams[rows.S_TIMELINE] = timeline.address
         except BaseException:
             self.close()
             raise
 
-    def _open(self, need: Need, on_progress: Progress | None) -> None:
+    def _open(self, need: Need, on_progress: Progress | None) -> Program:
         plan, spec = self.plan, self.spec
         buffers = self._take_buffers(need)
         layout = KvLayout(
@@ -111,10 +121,12 @@ class Engine:
         program, self._inner_rows = build_program(graph, self.weights)
         self.weights.describe(self._team.streams, {n: r.address for n, (r, _) in buffers.items()})
         self.forward = Forward(
-            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
-        )
+            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1],
+            self.span,
+        )  # fmt: skip
         self._held.append(self.forward.close)
         trim_heap()
+        return program
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
@@ -126,8 +138,8 @@ class Engine:
         ):  # fmt: skip
             space = self._arena.take(buffer.name, buffer.nbytes, 64)
             floats = space[: buffer.rows * buffer.stride].view(np.float32)
-            rows = Rows(int(space.ctypes.data), buffer.stride)
-            found[buffer.name] = (rows, floats.reshape(buffer.rows, -1))
+            place = Rows(int(space.ctypes.data), buffer.stride)
+            found[buffer.name] = (place, floats.reshape(buffer.rows, -1))
             if buffer.name == "index":
                 space.view(np.int64)[:] = np.arange(space.nbytes // 8)
         return found

@@ -21,6 +21,7 @@ __all__ = [
     "allowed_cores",
     "available_bytes",
     "cgroup_limit_bytes",
+    "cgroup_usage_bytes",
     "cpu_quota",
     "default_threads",
     "peak_bytes",
@@ -70,6 +71,13 @@ def cgroup_limit_bytes() -> int | None:
             if value is not None and value < _UNLIMITED:
                 limits.append(value)
     return min(limits) if limits else None
+
+
+def cgroup_usage_bytes() -> int | None:
+    """What the innermost memory cgroup of this process is charged, or None without one."""
+    for folder in _cgroup_paths("memory")[:1]:
+        return _read_int(folder / "memory.current") or _read_int(folder / "memory.usage_in_bytes")
+    return None
 
 
 def _cgroup_free_bytes() -> int | None:

@@ -195,13 +195,15 @@ class Session:
                 on_prefill = None
                 if finish is not None:
                     break
-                token = sampler.sample(logits[0], tokens)
+                with engine.span("sample"):
+                    token = sampler.sample(logits[0], tokens)
                 meter.generated += 1
                 if token in engine.tokenizer.eos_ids:
                     finish = "stop"
                     break
                 tokens.append(token)
-                text = matcher.push(decoder.push(token))
+                with engine.span("detokenize"):
+                    text = matcher.push(decoder.push(token))
                 if matcher.stopped:
                     finish = "stop"
                 elif meter.generated >= limit:
