@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,8 @@ from edgert import EdgertError, __version__, format_bytes
 from edgert.cli.answer import Answer, answer
 from edgert.cli.options import SAMPLING, ModelOptions
 from edgert.cli.progress import Progress
-from edgert.cli.report import note, stats_line
+from edgert.cli.report import memory_text, note, stats_line
+from edgert.cli.timeline import recorded
 
 if TYPE_CHECKING:
     from edgert import Engine
@@ -36,6 +38,7 @@ _HELP = '''\
 /show template                 the model's chat template
 /stats                         the figures of the last answer
 /budget                        memory promised and memory used
+/memory                        the same region by region, and what the system counts
 /exit, /bye                    leave (Ctrl-D too)
 """                            starts and ends a text of several lines
 Ctrl-C                         stops the answer and keeps the conversation'''
@@ -56,10 +59,15 @@ def converse(
     system: str | None,
     history: bool,
     quiet: bool,
+    trace: Path | None = None,
 ) -> None:
     """Load the model and talk until the user leaves."""
     read = line_reader(history)
-    with Progress() as progress, options.load(progress) as engine:
+    with (
+        recorded(trace) as timeline,
+        Progress() as progress,
+        options.load(progress, timeline=timeline) as engine,
+    ):
         progress.close()
         if not quiet:
             note(f"edgert {__version__}, {options.path.name}. /help lists the commands.")
@@ -245,6 +253,9 @@ class Conversation:
             f"{format_bytes(memory.resident_bytes)}, peak {format_bytes(memory.peak_bytes)}"
         )
 
+    def _memory(self, _: str) -> None:
+        note(memory_text(self.engine.memory()))
+
     def _leave(self, _: str) -> None:
         raise _Leave(0)
 
@@ -258,6 +269,7 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "/show": Conversation._show,
     "/stats": Conversation._stats,
     "/budget": Conversation._budget,
+    "/memory": Conversation._memory,
     "/exit": Conversation._leave,
     "/bye": Conversation._leave,
 }

@@ -21,9 +21,11 @@ from edgert.cli.options import (
     json_option,
     load_options,
     sampling_options,
+    trace_option,
 )
 from edgert.cli.progress import Progress
 from edgert.cli.report import note, print_json, stats_line
+from edgert.cli.timeline import recorded
 
 __all__ = ["chat", "run"]
 
@@ -41,6 +43,7 @@ class _Request:
     quiet: bool
     history: bool
     display_prompt: bool | None
+    trace: Path | None
 
 
 def _prompt_options(function: Any) -> Any:
@@ -69,7 +72,9 @@ def _prompt_options(function: Any) -> Any:
 
 
 def _shared(function: Any) -> Any:
-    for decorate in (debug_options, json_option, sampling_options, _prompt_options, load_options):
+    for decorate in (
+        debug_options, json_option, trace_option, sampling_options, _prompt_options, load_options
+    ):  # fmt: skip
         function = decorate(function)
     return function
 
@@ -124,6 +129,7 @@ def _main(
             system=request.system,
             history=request.history,
             quiet=request.quiet,
+            trace=request.trace,
         )
         return
     if chat and not prompt.strip():
@@ -133,7 +139,11 @@ def _main(
         if not chat:
             raise InputError("--system-prompt needs a conversation: use `edgert chat`")
         messages.insert(0, {"role": "system", "content": request.system})
-    with Progress() as progress, options.load(progress) as engine:
+    with (
+        recorded(request.trace) as timeline,
+        Progress() as progress,
+        options.load(progress, timeline=timeline) as engine,
+    ):
         found = answer(
             engine,
             messages if chat else prompt,
@@ -142,7 +152,8 @@ def _main(
             opening=prompt if not chat and _display(request) else "",
             silent=request.as_json,
         )
-    _finish(options, request, found)
+        memory = engine.memory().to_dict() if request.as_json else None
+    _finish(options, request, found, memory)
 
 
 def _display(request: _Request) -> bool:
@@ -151,7 +162,9 @@ def _display(request: _Request) -> bool:
     return sys.stdout.isatty() if request.display_prompt is None else request.display_prompt
 
 
-def _finish(options: ModelOptions, request: _Request, found: Answer) -> None:
+def _finish(
+    options: ModelOptions, request: _Request, found: Answer, memory: dict[str, Any] | None
+) -> None:
     if request.as_json:
         print_json(
             {
@@ -160,6 +173,7 @@ def _finish(options: ModelOptions, request: _Request, found: Answer) -> None:
                 "tokens": found.tokens,
                 "finish_reason": found.finish_reason,
                 "stats": found.stats.to_dict() if found.stats else None,
+                "memory": memory,
             }
         )
     elif found.stats and not request.quiet:

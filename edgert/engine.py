@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from edgert.accounting import memory_report
 from edgert.chat_template import render_chat
 from edgert.config import SamplingParams
 from edgert.errors import EdgertError, InputError
@@ -21,10 +22,11 @@ from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
-from edgert.machine import peak_bytes, resident_bytes, trim_heap
+from edgert.machine import trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
+from edgert.pages import cached_bytes
 from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
@@ -70,6 +72,8 @@ class Engine:
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
+        self._files = opened.manifest.files
+        self._cached_before = cached_bytes(self._files)
         self._closed = False
         self._closing = threading.Lock()
         need = need_of(
@@ -162,9 +166,14 @@ class Engine:
         return self.tokenizer.chat_template
 
     def memory(self) -> MemoryReport:
-        """Planned against real memory of the process."""
-        regions = {r.name: r.nbytes for r in self.plan.regions}
-        return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
+        """Planned against real memory, region by region and as the system counts it; any time."""
+        self._check_open()
+        return memory_report(self.plan, self._arena, self._files, self._cached_before)
+
+    @property
+    def page_cache_bytes(self) -> int:
+        """Page cache of the model's files, more than there was when it was opened."""
+        return max(0, cached_bytes(self._files) - self._cached_before)
 
     def __repr__(self) -> str:
         return f"Engine({self.path.name}, {self.spec.architecture}, {self.plan.budget_bytes} bytes)"

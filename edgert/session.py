@@ -110,6 +110,7 @@ class _Meter:
             stall_share=(stalled - self._decode[2]) / decode if passes and decode > 0 else 0.0,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),
+            page_cache_bytes=self._engine.page_cache_bytes,
             logits_hash="" if self.logits is None else logits_hash(self.logits),
             seed=self._seed,
         )

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ class Timeline:
     """Records an engine that is opened with `load(..., timeline=...)`. For one engine.
 
     `records` op rows and `spans` of Python are kept, powers of two: 40 bytes each, 7.5 MiB.
-    `timeline_events.write` makes a file of it that Perfetto and chrome://tracing open.
+    `write` makes a file that https://ui.perfetto.dev and chrome://tracing open.
     """
 
     def __init__(self, records: int = _RECORDS, spans: int = _SPANS) -> None:
@@ -176,6 +176,18 @@ class Timeline:
             (self.names[code >> rows.T_THREAD_BITS], self.threads[code & mask], *rest)
             for code, *rest in kept.tolist()
         ]
+
+    def write(self, stream: IO[bytes]) -> None:
+        """Write all of it to a binary file, as Chrome trace events. No pass may be under way."""
+        from edgert.timeline_events import write
+
+        write(self, stream)
+
+    def shares(self) -> dict[str, float]:
+        """How the time was spent: see `timeline_events.shares`."""
+        from edgert.timeline_events import shares
+
+        return shares(self)
 
     def tensor_at(self, place: int) -> str:
         """The tensor that holds this place of the files; "" for none."""
