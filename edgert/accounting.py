@@ -7,12 +7,13 @@ Four figures of the same memory, and how far they may lie apart:
 * the ledger: what each region of the plan may hold. No region ever holds more than that;
 * the resident size (RSS): the arena's pages, counted region by region, and all else, which is the
   region "process";
-* the cgroup: anonymous pages, those of the resident size to `AGREEMENT_BYTES`; page cache, which
-  holds what this group was first to read of libraries and files, mapped or not; the kernel's own;
-* the page cache of the model's files: `page_cache_bytes`, at most `AGREEMENT_BYTES`.
+* the cgroup: beside page cache it is charged what is resident beside mapped files, to
+  `AGREEMENT_BYTES` (page tables, and what the kernel charges in batches);
+* the page cache of the model's files, which edgert keeps below `AGREEMENT_BYTES`.
 
 A page of a library counts in the resident size of every process that maps it, and in the cgroup of
-whoever read it first. That is why they are compared without file pages.
+whoever read it first: 5 to 70 MiB, or none. So they are compared without file pages. The ledger
+counts what is mapped, which is the larger but for what was read ahead and dropped again.
 """
 
 from __future__ import annotations

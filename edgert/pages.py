@@ -81,4 +81,4 @@ def cached_bytes_ref(path: Path) -> int:
         view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
         address = ctypes.addressof(view)
         del view
-        return resident_in(address, status.st_size) or 0
+        return resident_in(address, align_up(status.st_size, _PAGE)) or 0

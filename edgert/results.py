@@ -91,6 +91,17 @@ class MemoryReport:
     cgroup: CgroupMemory | None  # None outside of one
     page_cache_bytes: int  # of the model's files, more than when it was opened
 
+    @property
+    def difference_bytes(self) -> int:
+        """What the cgroup is charged beside page cache, less what is resident beside mapped files.
+
+        At most `accounting.AGREEMENT_BYTES` either way where the cgroup holds this process alone.
+        """
+        if self.cgroup is None:
+            return 0
+        charged = self.cgroup.usage_bytes - self.cgroup.file_bytes
+        return charged - (self.resident_bytes - self.file_bytes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return asdict(self) | {"difference_bytes": self.difference_bytes}
