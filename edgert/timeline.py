@@ -28,7 +28,7 @@ from edgert.storage.manifest import Manifest
 if TYPE_CHECKING:
     from edgert.kernels_cpu.program import Program
 
-__all__ = ["MEMORY", "PASS", "Span", "Timeline", "no_span", "place_in_file"]
+__all__ = ["MEMORY", "PASS", "Span", "Timeline", "in_pieces", "no_span", "place_in_file"]
 
 _Ints = npt.NDArray[np.int64]
 Span = Callable[..., AbstractContextManager[None]]  # (name, a=0, b=0)
@@ -39,6 +39,8 @@ _RECORDS = 1 << 17  # of op rows: 5 MiB, some 30 tokens of a streamed 8B model
 _SPANS = 1 << 16  # 2.5 MiB
 _SPAN_FIELDS = 5  # name << 16 | thread, begin, end, two numbers that depend on the name
 _HEADER = rows.CELL // 8
+_ROWS = 4096  # made into Python numbers at once
+_NAMES_MAX = 1000  # a thread for each request has a name each
 _FILE_BITS = 48  # bits of an offset; the file's index lies above them
 
 
@@ -165,17 +167,23 @@ class Timeline:
         found = self._records
         return found[found[:, rows.T_BEGIN] >= self.begin_ns]
 
-    @property
-    def spans(self) -> list[tuple[str, str, int, int, int, int]]:
-        """Spans since `begin_ns`: name, thread, begin, end and two numbers."""
+    def _kept_spans(self) -> _Ints:
         with self._lock:
             kept = self._spans[: self._n_spans]
-            kept = kept[kept[:, 1] >= self.begin_ns]
-        mask = (1 << rows.T_THREAD_BITS) - 1
-        return [
-            (self.names[code >> rows.T_THREAD_BITS], self.threads[code & mask], *rest)
-            for code, *rest in kept.tolist()
-        ]
+            return kept[kept[:, 1] >= self.begin_ns]
+
+    def spans(self) -> Iterator[tuple[str, str, int, int, int, int]]:
+        """Spans since `begin_ns`: name, thread, begin, end and two numbers."""
+        for code, *rest in in_pieces(self._kept_spans()):
+            thread = self.threads[code & ((1 << rows.T_THREAD_BITS) - 1)]
+            begin, end, a, b = rest
+            yield self.names[code >> rows.T_THREAD_BITS], thread, begin, end, a, b
+
+    def spans_of(self, name: str) -> _Ints:
+        """Spans of one name since `begin_ns`: begin, end and two numbers, int64 [n, 4]."""
+        kept = self._kept_spans()
+        number = self.names.index(name) if name in self.names else -1
+        return kept[kept[:, 0] >> rows.T_THREAD_BITS == number, 1:]
 
     def write(self, stream: IO[bytes]) -> None:
         """Write all of it to a binary file, as Chrome trace events. No pass may be under way."""
@@ -195,13 +203,19 @@ class Timeline:
         return self._tensors[at - 1][1] if at else ""
 
 
+def in_pieces(table: _Ints) -> Iterator[list[int]]:
+    """The rows of a table as lists, made some thousand at a time: all at once would take 33 MB."""
+    for start in range(0, len(table), _ROWS):
+        yield from table[start : start + _ROWS].tolist()
+
+
 def _number(names: list[str], name: str) -> int:
-    """The index of `name`, which is appended when it is new."""
-    try:
+    """The index of `name`, which is appended when it is new; the last one stands for all others."""
+    if name in names:
         return names.index(name)
-    except ValueError:
-        names.append(name)
-        return len(names) - 1
+    if len(names) < _NAMES_MAX:
+        names.append(name if len(names) < _NAMES_MAX - 1 else "others")
+    return len(names) - 1
 
 
 class _Watched:

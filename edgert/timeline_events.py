@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.kernels_cpu import rows
-from edgert.timeline import MEMORY, PASS, Timeline
+from edgert.timeline import MEMORY, PASS, Timeline, in_pieces
 
 __all__ = ["events", "shares", "write"]
 
@@ -58,7 +58,7 @@ def _give_back(stream: IO[bytes]) -> None:
 
 def events(timeline: Timeline) -> Iterator[dict[str, Any]]:
     """All events, the names of the tracks first."""
-    spans, records = timeline.spans, timeline.records
+    records = timeline.records
     n_threads = int((records[:, rows.T_ROW] & _THREAD).max(initial=-1)) + 1
     yield _name("process_name", 0, "edgert")
     for tid in range(n_threads):
@@ -67,7 +67,7 @@ def events(timeline: Timeline) -> Iterator[dict[str, Any]]:
         yield _name("thread_name", n_threads + i, thread)
     yield from _op_events(timeline, records)
     track = {thread: n_threads + i for i, thread in enumerate(timeline.threads)}
-    for name, thread, begin, end, a, b in spans:
+    for name, thread, begin, end, a, b in timeline.spans():
         if name != MEMORY:
             yield _span(name, "python", track[thread], begin, end, _details(timeline, name, a, b))
     yield from _counters(timeline)
@@ -89,7 +89,7 @@ def _span(
 
 def _op_events(timeline: Timeline, records: _Ints) -> Iterator[dict[str, Any]]:
     """Waiting for weights, computing, and waiting for the other threads, of each op row."""
-    for code, begin, ready, done, through in records.tolist():
+    for code, begin, ready, done, through in in_pieces(records):
         row, tid = code >> rows.T_THREAD_BITS, code & _THREAD
         name = timeline.op_names[row]
         tile = int(timeline.op_tiles[row])
@@ -118,50 +118,44 @@ def _file(place: int) -> dict[str, int]:
 
 
 def _counters(timeline: Timeline) -> Iterator[dict[str, Any]]:
-    """Reads under way, bytes read, slots of the ring that are ready, and memory."""
-    spans = timeline.spans
-    reads = sorted((end, b) for name, _, _, end, _, b in spans if name == "read")
-    total = 0
-    for end, nbytes in reads:
-        total += nbytes
-        yield _counter("read", end, {"MB": total / 1e6})
-    steps = [(begin, 1) for name, _, begin, *_ in spans if name == "read"]
-    steps += [(end, -1) for end, _ in reads]
-    yield from _levels("reads under way", steps)
-    steps = [(end, 1) for name, _, _, end, *_ in spans if name == "place tile"]
-    yield from _levels("ring slots ready", steps + [(at, -1) for at in _tiles_done(timeline)])
-    for name, _, begin, _, resident, cgroup in spans:
-        if name == MEMORY:
-            mib = {"RSS": resident, "cgroup": cgroup, "planned": timeline.planned_bytes}
-            yield _counter("memory", begin, {f"{k} MiB": v / 2**20 for k, v in mib.items()})
+    """Bytes read, reads under way, slots of the ring that are ready, and memory."""
+    reads = timeline.spans_of("read")
+    by_end = reads[np.argsort(reads[:, 1])]
+    total = np.cumsum(by_end[:, 3])
+    for at, nbytes in in_pieces(np.stack([by_end[:, 1], total], axis=1)):
+        yield _counter("read", at, {"MB": nbytes / 1e6})
+    yield from _level("reads under way", reads[:, 0], reads[:, 1])
+    yield from _level("ring slots ready", timeline.spans_of("place tile")[:, 1], _done(timeline))
+    for at, _, resident, cgroup in in_pieces(timeline.spans_of(MEMORY)):
+        sizes = {"RSS": resident, "cgroup": cgroup, "planned": timeline.planned_bytes}
+        yield _counter("memory", at, {f"{k} MiB": v / 2**20 for k, v in sizes.items()})
 
 
-def _levels(name: str, steps: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def _level(name: str, ups: _Ints, downs: _Ints) -> Iterator[dict[str, Any]]:
     """A counter that goes up and down. Where it began is not known: its lowest level is 0."""
-    steps.sort()
-    levels = np.cumsum([step for _, step in steps], dtype=np.int64)
-    lowest = min(0, int(levels.min(initial=0)))
-    for (at, _), level in zip(steps, levels.tolist(), strict=True):
-        yield _counter(name, at, {name: level - lowest})
+    at = np.concatenate([ups, downs])
+    steps = np.repeat([1, -1], [len(ups), len(downs)])
+    order = np.argsort(at, kind="stable")
+    levels = np.cumsum(steps[order])
+    levels -= min(0, levels.min(initial=0))
+    for time, level in in_pieces(np.stack([at[order], levels], axis=1)):
+        yield _counter(name, time, {name: level})
 
 
 def _counter(name: str, at: int, values: dict[str, float]) -> dict[str, Any]:
     return {"ph": "C", "pid": _PID, "tid": 0, "name": name, "ts": at / 1e3, "args": values}
 
 
-def _tiles_done(timeline: Timeline) -> list[int]:
+def _done(timeline: Timeline) -> _Ints:
     """When the last thread was done with each streamed tile, pass by pass."""
     records = timeline.records
-    row = records[:, rows.T_ROW] >> rows.T_THREAD_BITS
-    streamed = timeline.op_tiles[row] >= 0
-    records, row = records[streamed], row[streamed]
-    passes = np.array([begin for name, _, begin, *_ in timeline.spans if name == PASS], np.int64)
-    turn = np.searchsorted(passes, records[:, rows.T_BEGIN])
-    order = np.lexsort((records[:, rows.T_DONE], row, turn))
-    key = np.stack([turn[order], row[order]])
-    last = np.ones(len(order), bool)
-    last[:-1] = (key[:, 1:] != key[:, :-1]).any(axis=0)
-    found: list[int] = records[order[last], rows.T_DONE].tolist()
+    streamed = timeline.op_tiles[records[:, rows.T_ROW] >> rows.T_THREAD_BITS] >= 0
+    records = records[streamed]
+    turn = np.searchsorted(np.sort(timeline.spans_of(PASS)[:, 0]), records[:, rows.T_BEGIN])
+    key = turn << 32 | records[:, rows.T_ROW] >> rows.T_THREAD_BITS
+    order = np.lexsort((records[:, rows.T_DONE], key))
+    last = np.append(np.diff(key[order]) != 0, len(order) > 0)[: len(order)]
+    found: _Ints = records[order[last], rows.T_DONE]
     return found
 
 
@@ -171,35 +165,31 @@ def shares(timeline: Timeline) -> dict[str, float]:
     `reading`: at least one read was under way; `compute`, `wait` (for weights), `barrier` (for
     other threads) of the compute threads' time, and `between` passes. {} when nothing was recorded.
     """
-    spans, records = timeline.spans, timeline.records
-    passes = [(begin, end, n) for name, _, begin, end, n, _ in spans if name == PASS]
-    passes = [p for p in passes if p[2] == 1] or passes
-    if not passes or not len(records):
+    passes, records = timeline.spans_of(PASS), timeline.records
+    decode = passes[passes[:, 2] == 1]
+    passes = decode if len(decode) else passes
+    if not len(passes) or not len(records):
         return {}
-    start, stop = passes[0][0], passes[-1][1]
-    reads = [(begin, end) for name, _, begin, end, *_ in spans if name == "read"]
-    inside = records[(records[:, rows.T_BEGIN] >= start) & (records[:, rows.T_BEGIN] < stop)]
-    n_threads = len(np.unique(inside[:, rows.T_ROW] & _THREAD))
-    times = inside[:, rows.T_BEGIN : rows.T_THROUGH + 1]
-    wait, compute, barrier = np.diff(times, axis=1).sum(axis=0) / max(1, n_threads)
+    start, stop = int(passes[0, 0]), int(passes[-1, 1])
     length = stop - start
+    inside = records[(records[:, rows.T_BEGIN] >= start) & (records[:, rows.T_BEGIN] < stop)]
+    n_threads = max(1, len(np.unique(inside[:, rows.T_ROW] & _THREAD)))
+    spent = np.diff(inside[:, rows.T_BEGIN : rows.T_THROUGH + 1], axis=1).sum(axis=0)
+    wait, compute, barrier = (spent / n_threads / length).tolist()
     return {
         "passes": float(len(passes)),
         "seconds": length / 1e9,
-        "reading": _covered(reads, start, stop) / length,
-        "wait": float(wait) / length,
-        "compute": float(compute) / length,
-        "barrier": float(barrier) / length,
-        "between": 1 - sum(end - begin for begin, end, _ in passes) / length,
+        "reading": _covered(timeline.spans_of("read"), start, stop) / length,
+        "wait": wait,
+        "compute": compute,
+        "barrier": barrier,
+        "between": 1 - float((passes[:, 1] - passes[:, 0]).sum()) / length,
     }
 
 
-def _covered(intervals: Iterable[tuple[int, int]], start: int, stop: int) -> int:
-    """How much of start..stop lies in at least one interval."""
-    covered, until = 0, start
-    for begin, end in sorted(intervals):
-        begin, end = max(begin, until), min(end, stop)
-        if end > begin:
-            covered += end - begin
-            until = end
-    return covered
+def _covered(spans: _Ints, start: int, stop: int) -> int:
+    """How much of start..stop lies in at least one span."""
+    spans = spans[np.argsort(spans[:, 0])]
+    until = np.maximum.accumulate(np.append(start, np.minimum(spans[:, 1], stop)))
+    # A span adds what of it lies behind everything before it.
+    return int(np.maximum(0, until[1:] - np.maximum(spans[:, 0], until[:-1])).sum())

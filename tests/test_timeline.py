@@ -14,7 +14,7 @@ import pytest
 
 import edgert
 from edgert.kernels_cpu import rows
-from edgert.timeline import MEMORY, PASS, Timeline
+from edgert.timeline import _NAMES_MAX, MEMORY, PASS, Timeline, _now
 from edgert.timeline_events import events, shares
 from tests.command import edgert as command
 from tests.command import inside
@@ -39,7 +39,7 @@ def test_every_op_of_every_pass_and_thread_once(tiny_gguf: Path, threads: int) -
     run(tiny_gguf, timeline, threads=threads)
     assert timeline.dropped == 0
     records, n_rows = timeline.records, len(timeline.op_names)
-    passes = [span for span in timeline.spans if span[0] == PASS]
+    passes = [span for span in timeline.spans() if span[0] == PASS]
     codes, counts = np.unique(records[:, rows.T_ROW], return_counts=True)
     wanted = {row << rows.T_THREAD_BITS | t for row in range(n_rows) for t in range(threads)}
     assert set(codes.tolist()) == wanted
@@ -56,10 +56,10 @@ def test_the_waves_of_experts_are_recorded(tiny_moe_gguf: Path) -> None:
     timeline = Timeline()
     run(tiny_moe_gguf, timeline)
     names = [timeline.op_names[code >> rows.T_THREAD_BITS] for code in timeline.records[:, 0]]
-    passes = sum(name == PASS for name, *_ in timeline.spans)
+    passes = sum(name == PASS for name, *_ in timeline.spans())
     # A record for the row, and at least one more for its waves.
     assert names.count("blk.1.experts") >= 2 * 2 * passes
-    assert any(name == "place expert" for name, *_ in timeline.spans)
+    assert any(name == "place expert" for name, *_ in timeline.spans())
 
 
 def test_a_timeline_changes_no_bit_and_counts_every_byte(tiny_gguf: Path) -> None:
@@ -69,12 +69,12 @@ def test_a_timeline_changes_no_bit_and_counts_every_byte(tiny_gguf: Path) -> Non
         streamer = engine.weights.streamer
     plain = run(tiny_gguf, None)
     assert found.tokens == plain.tokens and found.stats.logits_hash == plain.stats.logits_hash
-    reads = [span for span in timeline.spans if span[0] == "read"]
+    reads = [span for span in timeline.spans() if span[0] == "read"]
     assert streamer is not None
     assert sum(s[5] for s in reads if s[1].startswith("edgert-stream")) == streamer.read_bytes
-    placed = sum(name == "place tile" for name, *_ in timeline.spans)
+    placed = sum(name == "place tile" for name, *_ in timeline.spans())
     assert placed == streamer.tiles_loaded
-    names = {name for name, *_ in timeline.spans}
+    names = {name for name, *_ in timeline.spans()}
     assert names >= {"read", "place tile", "embed", PASS, MEMORY, "sample", "detokenize"}
 
 
@@ -111,7 +111,7 @@ def test_a_wait_for_weights_lasts_until_they_are_there(tiny_gguf: Path) -> None:
         worker = threading.Thread(target=lambda: [engine.logits([1]) for _ in range(3)])
         worker.start()
         time.sleep(0.05)
-        opened = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        opened = _now()
         made[0].gate.set()
         worker.join()
     records = timeline.records
@@ -127,13 +127,21 @@ def test_the_rings_keep_the_newest(tiny_gguf: Path) -> None:
     whole = Timeline()
     run(tiny_gguf, whole)
     assert timeline.dropped > 0 and whole.dropped == 0
-    records, spans = timeline.records, timeline.spans
+    records, spans = timeline.records, list(timeline.spans())
     assert 0 < len(records) <= 256 and 0 < len(spans) <= 32
     last = max(records[:, rows.T_ROW] >> rows.T_THREAD_BITS)
     assert last == len(timeline.op_names) - 1
     first = timeline.begin_ns  # from here on nothing is missing in either ring
     assert min(records[:, rows.T_BEGIN].min(), min(s[2] for s in spans)) >= first
     assert len(json.loads(written(timeline))["traceEvents"]) > 0
+
+
+def test_names_are_bounded() -> None:
+    timeline = Timeline(records=8, spans=2048)
+    for i in range(_NAMES_MAX + 50):
+        timeline.add(f"span {i}", 1, 2)
+    assert len(timeline.names) == _NAMES_MAX and timeline.names[-1] == "others"
+    assert len(timeline.spans_of("others")) == 51
 
 
 # ----------------------------------------------------------------------------- what is shown
