@@ -147,7 +147,10 @@ def _counter(name: str, at: int, values: dict[str, float]) -> dict[str, Any]:
 
 
 def _done(timeline: Timeline) -> _Ints:
-    """When the last thread was done with each streamed tile, pass by pass."""
+    """When the last thread was done with each streamed tile, pass by pass.
+
+    Its slot was handed back a moment earlier, by the thread that did the last units.
+    """
     records = timeline.records
     streamed = timeline.op_tiles[records[:, rows.T_ROW] >> rows.T_THREAD_BITS] >= 0
     records = records[streamed]
