@@ -12,9 +12,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
+from edgert.cli.options import (
+    ModelOptions,
+    debug_options,
+    json_option,
+    load_options,
+    trace_option,
+)
 from edgert.cli.progress import Progress
 from edgert.cli.report import print_csv, print_json
+from edgert.cli.timeline import recorded
 
 __all__ = ["bench"]
 
@@ -101,6 +108,7 @@ def _model_was_typed() -> bool:
     help="The text that --speculate continues; by default one that repeats, and one that does not.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+@trace_option
 @json_option
 @debug_options
 def bench(
@@ -114,6 +122,7 @@ def bench(
     prompt_file: Path | None,
     as_csv: bool,
     as_json: bool,
+    trace: Path | None,
     **sizes: Any,
 ) -> None:
     """Measure prefill, decode and reading speed.
@@ -132,6 +141,8 @@ def bench(
         raise click.UsageError("--kernels and --attention measure without a model")
     if formats is not None and not kernels:
         raise click.UsageError("--formats needs --kernels")
+    if trace is not None and (kernels or attention or baseline is not None):
+        raise click.UsageError("--trace records a model: without --kernels and the like")
     if as_csv and as_json:
         raise click.UsageError("give --csv or --json, not both")
     with Progress() as progress:
@@ -162,7 +173,8 @@ def bench(
         else:
             from edgert.cli.bench_model import Sizes, bench_model, model_text
 
-            found = bench_model(options, Sizes(**sizes), progress)
+            with recorded(trace) as timeline:
+                found = bench_model(options, Sizes(**sizes), progress, timeline)
             rows, text = [found], model_text
     if as_csv:
         print_csv(rows)

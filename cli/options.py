@@ -37,6 +37,7 @@ __all__ = [
     "model_argument",
     "parse_budget",
     "sampling_options",
+    "trace_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -308,6 +309,17 @@ def load_options_without_budget(function: F) -> F:
     ):
         decorated = option(decorated)
     return cast(F, decorated)
+
+
+def trace_option(function: F) -> F:
+    """Add --trace; the command gets `trace`, a path or None."""
+    return _option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write what happened when (reads, waits, every operation) as Chrome trace events, "
+        "for ui.perfetto.dev; the newest 30 or so tokens of a large model.",
+    )(function)
 
 
 def json_option(function: F) -> F:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
     from edgert.storage.manifest import Manifest
+    from edgert.timeline import Timeline
     from edgert.tokenizer import Tokenizer
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "StorageError",
+    "Timeline",
     "TokenEvent",
     "Tokenizer",
     "TokenizerError",
@@ -98,6 +100,7 @@ _LAZY = {  # public name -> module that defines it
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
+    "Timeline": "edgert.timeline",
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
     "bench_attention": "edgert.attention_bench",

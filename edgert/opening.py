@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgert.engine import Engine
     from edgert.plan import Plan
     from edgert.storage.backend import Backend
+    from edgert.timeline import Timeline
 
 __all__ = ["Opened", "load", "open_model", "plan_model", "warmup"]
 
@@ -82,6 +83,7 @@ def load(
     prefill_tokens: int | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
+    timeline: Timeline | None = None,
 ) -> Engine:
     """Open a GGUF model within `memory_budget`; the bundled model when no path is given.
 
@@ -91,6 +93,7 @@ def load(
     `kv_cache_type`: "f16" or "f32"; `prefill_tokens`: most tokens of one pass. None lets the plan
     choose. `on_progress(what, done, to_do)` is called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
+    `timeline` records what the engine does.
 
     Raises `BudgetError` before any weight is read, `ModelError`, `UnsupportedError`, `InputError`,
     `StorageError`.
@@ -118,7 +121,7 @@ def load(
         files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
     else:
         files = backend(manifest.files)
-    return Engine(opened, tokenizer, plan, files, on_progress)
+    return Engine(opened, tokenizer, plan, files, on_progress, timeline)
 
 
 def _bytes_of(budget: int | str | None) -> int | None:

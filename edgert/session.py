@@ -133,6 +133,7 @@ class _Meter:
             stall_share=(stalled - self._decode[2]) / decode if decoded and decode > 0 else 0.0,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),
+            page_cache_bytes=self._engine.page_cache_bytes,
             logits_hash="" if self._logits is None else logits_hash(self._logits),
             seed=self._seed,
         )
@@ -220,7 +221,8 @@ class Session:
                 return
             sampled: list[int] = []
             for row, guess in zip(logits, [*drafted, None], strict=True):
-                token = sampler.sample(row, tokens)
+                with engine.span("sample"):
+                    token = sampler.sample(row, tokens)
                 sampled.append(token)
                 meter.token_sampled(row, token == guess)
                 yield token
@@ -242,7 +244,8 @@ class Session:
                     finish = "stop"
                     break
                 self.tokens.append(token)
-                text = matcher.push(decoder.push(token))
+                with engine.span("detokenize"):
+                    text = matcher.push(decoder.push(token))
                 if matcher.stopped or meter.generated >= limit:
                     finish = "stop" if matcher.stopped else "length"
                     text += "" if matcher.stopped else matcher.push(decoder.flush())
