@@ -18,6 +18,8 @@ __all__ = ["main"]
 
 _THREADS = 6
 _REQUEST = 2 * 2**20
+# The kernel's throttle lets 0.1 s of reads through at once: counted, they made 0.5 GB/s 0.62.
+_WARM_SECONDS = 0.2
 
 
 def main(arguments: list[str]) -> None:
@@ -31,12 +33,11 @@ def main(arguments: list[str]) -> None:
         return
     places = max(os.fstat(fd).st_size // _REQUEST, 1)
     stride = max(int(places * 0.618), 1)  # far apart, so that nothing reads ahead for us
-    lock, counted, read = threading.Lock(), [0], [0]
-    begin = time.perf_counter()
+    lock, counted, read, ended = threading.Lock(), [0], [0], threading.Event()
 
     def work() -> None:
         buffer = mmap.mmap(-1, _REQUEST)
-        while time.perf_counter() < begin + seconds:
+        while not ended.is_set():
             with lock:
                 counted[0] += 1
                 number = counted[0]
@@ -44,12 +45,17 @@ def main(arguments: list[str]) -> None:
             with lock:
                 read[0] += got
 
-    threads = [threading.Thread(target=work) for _ in range(_THREADS)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(_THREADS)]
     for thread in threads:
         thread.start()
+    time.sleep(_WARM_SECONDS)
+    first, begin = read[0], time.perf_counter()
+    time.sleep(seconds)
+    rate = (read[0] - first) / (time.perf_counter() - begin)
+    ended.set()
     for thread in threads:
         thread.join()
-    print(int(read[0] / (time.perf_counter() - begin)))
+    print(int(rate))
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--fault", "faults", metavar="LIST", callback=lambda _c, _p, text: text and
             _listed(partial(_one_of, names=(*FAULTS, "none")))(_c, _p, text) or ("none",),
-            help="Disks that are slow, stutter, fail (eio) or deliver less than asked (short). "
-            "Must end in equal output or a clean error.",
+            help="Disks that are slow, stutter, fail once (eio, eio-load) or deliver less than asked "
+            "(short), and none: must end in equal output or a clean error.",
         ),
         click.option(
             "--runs", type=click.IntRange(min=1), metavar="N",

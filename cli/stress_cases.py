@@ -78,7 +78,7 @@ class Case:
         parts += [f"t{self.threads}"] if self.threads else []
         parts += [self.kv_cache_type] if self.kv_cache_type != "f16" else []
         if self.fault:
-            parts.append(self.fault + (f"@{self.fault_number}" if self.fault == "eio" else ""))
+            parts.append(self.fault + (f"@{self.fault_number}" if "eio" in self.fault else ""))
         parts += ["live"] if self.live else []
         parts += [f"{self.engines} engines"] if self.engines > 1 else []
         return " ".join(parts)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 __all__ = ["FAULTS", "Faults"]
 
-FAULTS = ("slow", "stutter", "eio", "short")
+FAULTS = ("slow", "stutter", "eio", "eio-load", "short")
 _SLOW_S = 0.004  # for each read
 _STUTTER_S = 0.15  # for one read in 16
 _STUTTER_EVERY = 16
@@ -24,8 +24,9 @@ _STUTTER_EVERY = 16
 class Faults:
     """From `install` on, `os.preadv` does as `kind` says.
 
-    slow: each read waits 4 ms. stutter: one in 16 waits 150 ms. eio: read number `number` fails,
-    counted from 1 over all threads. short: reads deliver half of what was asked for, in whole
+    slow: each read waits 4 ms. stutter: one in 16 waits 150 ms. eio and
+    eio-load: read number `number` fails, counted from 1 over all threads (they differ in when
+    they are installed: once the model is loaded, or before). short: reads deliver half of what was asked for, in whole
     blocks, but for one in three. `reads` counts all of them, `done` those it happened to.
     """
 
@@ -47,7 +48,7 @@ class Faults:
 
     def _read(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         hit = self._count()
-        if hit and self.kind == "eio":
+        if hit and self.kind.startswith("eio"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if hit and self.kind in ("slow", "stutter"):
             time.sleep(_SLOW_S if self.kind == "slow" else _STUTTER_S)
@@ -63,6 +64,7 @@ class Faults:
                 "slow": True,
                 "stutter": self.reads % _STUTTER_EVERY == 0,
                 "eio": self.reads == self.number,
+                "eio-load": self.reads == self.number,
                 "short": self.reads % 3 != 0,
             }[self.kind]
             self.done += hit

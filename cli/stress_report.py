@@ -74,8 +74,8 @@ def verdict(runs: Sequence[Run], found: Sequence[str], planned: int) -> str:
     if any(run.sampled for run in runs):
         word += " (memory sampled, not limited)"
     line = f"{word}: {within} of {len(runs)} runs within budget"
-    if refused := sum(run.refused for run in runs):
-        line += f", {refused} refused by a failing disk"
+    if failed := sum(run.refused or run.recovered for run in runs):
+        line += f", {failed} with the error of a failing disk"
     line += f", {len(found)} problems" if found else ", all outputs equal"
     return line if len(runs) == planned else f"{line} (interrupted: {len(runs)} of {planned} runs)"
 

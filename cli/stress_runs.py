@@ -26,7 +26,7 @@ from edgert.cli.stress_cases import Case
 __all__ = ["Run", "open_group", "probe_disk", "run_case"]
 
 _POLL_SECONDS = 0.02
-_PROBE_SECONDS = 0.4  # some 4 slices of the kernel's throttle
+_PROBE_SECONDS = 0.4
 _PROBE = Path(__file__).with_name("disk_rate.py")
 _SAMPLED = "sampled RSS"
 
@@ -65,6 +65,11 @@ class Run:
         kind = self.found.get("error", {}).get("kind", "")
         allowed = {"StorageError": 1, "ModelError": 3}
         return bool(self.case.fault) and kind in allowed and self.exit_code == allowed[kind]
+
+    @property
+    def recovered(self) -> bool:
+        """True when the engine was told of a failed read and then went on."""
+        return "recovered" in self.found
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -130,6 +135,8 @@ class Run:
         ended = "too late" if self.exit_code is None else f"exit {self.exit_code}"
         peak, limit = format_bytes(self.peak_bytes), format_bytes(self.case.budget_bytes)
         parts = [f"{ended}, peak {peak} of {limit}"]
+        if self.refused or self.recovered:
+            parts.append("refused" if self.refused else "an error, then equal output again")
         if self.stats:
             parts.append(f"{self.stats['decode_tok_s']:.2f} tok/s")
         if self.read_share is not None:

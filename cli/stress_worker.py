@@ -118,6 +118,8 @@ def _run(task: dict[str, Any], faults: Faults | None) -> dict[str, Any]:
                 kv_cache_type=task["kv_cache_type"],
             )
             engines.append(engine)
+        if faults is not None:
+            faults.install()
         runners = _together(engines, task)
         found = runners[0].result() if runners[0].error is None else {}
         if failed := [r.error for r in runners if r.error is not None]:
@@ -161,7 +163,7 @@ def main(arguments: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get into the answer
     faults = Faults(task["fault"], task["fault_number"]) if task["fault"] else None
-    if faults is not None:
+    if faults is not None and faults.kind != "eio":
         faults.install()
     code = 0
     try:
