@@ -6,21 +6,25 @@ know how a pass is computed (forward.py) or how text is made (session.py).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
-from edgert.config import SamplingParams
-from edgert.errors import EdgertError, InputError
+from edgert.config import LoadOptions, SamplingParams
+from edgert.elastic import Rooms, resized, rooms_of
+from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
 from edgert.forward import Forward
 from edgert.kernels_cpu.kv_cache import KvLayout
-from edgert.kernels_cpu.program import Rows
+from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
-from edgert.machine import peak_bytes, resident_bytes, trim_heap
+from edgert.machine import available_bytes, peak_bytes, resident_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
@@ -28,7 +32,7 @@ from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
-from edgert.storage.arena import Arena
+from edgert.storage.arena import Arena, promised_bytes
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
 from edgert.tokenizer import Tokenizer
@@ -38,6 +42,7 @@ from edgert.weights import Weights
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
+_resizing = threading.Lock()  # one change at a time in the process: each counts the others' memory
 _RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
 
 
@@ -68,19 +73,33 @@ class Engine:
         }
         self._closed = False
         self._closing = threading.Lock()
-        need = need_of(
+        need = self._need = need_of(
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
         try:
-            self._arena = Arena(_arena_bytes(plan))
-            self._held.append(self._arena.close)
-            self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+            rooms = self._take_arena(plan, need)
+            self.weights = Weights(backend, opened.manifest, need, plan, self._arena, rooms)
             self._held.append(self.weights.close)
             self._open(need, on_progress)
         except BaseException:
             self.close()
             raise
+
+    def _take_arena(self, plan: Plan, need: Need) -> Rooms | None:
+        """The one allocation, with addresses for other budgets where the system has them."""
+        nbytes = _arena_bytes(plan)
+        self._others_bytes = promised_bytes()  # part of the plan's process
+        rooms: Rooms | None = rooms_of(plan, need) if sys.platform != "win32" else None
+        try:
+            self._arena = Arena(nbytes, rooms.total if rooms else 0)
+        except EdgertError:
+            if rooms is None:
+                raise
+            rooms, self._arena = None, Arena(nbytes)
+        self._held.append(self._arena.close)
+        self._opened_plan = plan if rooms else None
+        return rooms
 
     def _open(self, need: Need, on_progress: Progress | None) -> None:
         plan, spec = self.plan, self.spec
@@ -104,17 +123,21 @@ class Engine:
         table.view(np.float32).reshape(table_shape)[:] = rope_table(
             spec.rope_theta, spec.rope_dim, 1 / spec.rope_scale, factors, plan.context_length
         )
-        graph = Graph(
+        self._graph = Graph(
             spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
             int(table.ctypes.data),
         )  # fmt: skip
-        program, self._inner_rows = build_program(graph, self.weights)
-        self.weights.describe(self._team.streams, {n: r.address for n, (r, _) in buffers.items()})
+        program, self._inner_rows = build_program(self._graph, self.weights)
+        self._describe()
         self.forward = Forward(
             plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
         )
         self._held.append(self.forward.close)
         trim_heap()
+
+    def _describe(self) -> None:
+        addresses = {name: rows.address for name, rows in self._graph.buffers.items()}
+        self.weights.describe(self._team.streams, addresses)
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
@@ -153,6 +176,68 @@ class Engine:
         """Planned against real memory of the process."""
         regions = {r.name: r.nbytes for r in self.plan.regions}
         return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
+
+    def set_memory_budget(self, budget: int | str | None) -> Plan:
+        """Give memory back, or take more, while the engine goes on; no bit of any output changes.
+
+        `budget`: as for `load`, "50%" being of the same whole; above the limit of the cgroup it is
+        that limit. Any thread may call it, also between the tokens of a stream. A smaller budget
+        stops the pass under way, which begins again after it; a larger one waits for its end and
+        then reads what becomes resident. When this returns the new plan, memory has been given
+        back or is in use. Context length and the most tokens of a pass stay as they are. Other
+        engines of the process are part of every budget, with all they may use at that moment, and
+        stay as they are.
+
+        Raises `BudgetError` with the smallest budget that this engine can come down to,
+        `InputError`, `StorageError` when what becomes resident cannot be read: the budget then
+        stays what it was.
+        """
+        self._check_open()
+        LoadOptions(memory_budget=budget)  # refuses what is no size
+        nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, available_bytes()))
+        stop = threading.Event()
+        with _resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
+            self._check_open()  # the arena is gone with it
+            plan = self._plan_for(nbytes)
+            # In a thread of its own, so that Ctrl-C never tears it: it ends the reading instead.
+            done = worker.submit(self._resize, plan, stop)
+            try:
+                done.result()
+            except BaseException:
+                stop.set()
+                raise
+        return self.plan
+
+    def smallest_budget(self) -> int:
+        """The smallest budget in bytes that `set_memory_budget` can come down to now."""
+        try:
+            return self._plan_for(1).total_bytes
+        except BudgetError as error:
+            return error.need_bytes
+
+    def _plan_for(self, nbytes: int) -> Plan:
+        if self._opened_plan is None:
+            raise EdgertError(
+                "the system gave no addresses for a budget that changes; load the model again"
+            )
+        others = promised_bytes() - self._arena.nbytes - self._others_bytes
+        return resized(self._opened_plan, self._need, nbytes, others=others)
+
+    def _resize(self, plan: Plan, stop: threading.Event) -> None:
+        def on_read(_done: int, _total: int) -> None:
+            self.forward.check_open()
+            if stop.is_set():
+                raise CancelledError
+
+        def make() -> tuple[Plan, Program]:
+            program, inner = build_program(self._graph, self.weights.under(plan))
+            self.weights.resize(plan, on_read)
+            self._describe()
+            self.plan, self._inner_rows = plan, inner
+            return plan, program
+
+        self.forward.change(make, at_once=_arena_bytes(plan) < _arena_bytes(self.plan))
+        trim_heap()
 
     def __repr__(self) -> str:
         return f"Engine({self.path.name}, {self.spec.architecture}, {self.plan.budget_bytes} bytes)"

@@ -73,6 +73,8 @@ class Forward:
         self._closed = False
         self._ticket: Ticket | None = None  # of the request under way
         self.lock = threading.RLock()
+        self._boundary = threading.Condition()  # held by a pass, and by a change between two
+        self._change_waits = False
         self.stats = PassStats()
 
     def cancel(self, ticket: Ticket) -> None:
@@ -85,8 +87,32 @@ class Forward:
         """Stop the pass under way and wait for it; every later one is refused. Idempotent."""
         self._closed = True
         self._team.stop()
-        with self.lock:
+        with self.lock, self._boundary:
             pass
+
+    def check_open(self) -> None:
+        """Raise `EdgertError` once `close` was called."""
+        if self._closed:
+            raise EdgertError("the engine is closed; load the model again")
+
+    def change(self, make: Callable[[], tuple[Plan, Program]], *, at_once: bool) -> None:
+        """Between two passes, let `make` change what passes run on; then go on with what it gives.
+
+        `at_once` ends the pass under way, which begins again after it, to the same bits; else its
+        end is waited for. When `make` raises, all is as before. One change at a time.
+        """
+        self._change_waits = True
+        if at_once:
+            self._team.stop()
+        with self._boundary:
+            try:
+                self.check_open()
+                self._team.settle()
+                self._broken = True  # the streams begin again, whatever comes of it
+                self._plan, self._program = make()
+            finally:
+                self._change_waits = False
+                self._boundary.notify_all()
 
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
@@ -111,8 +137,7 @@ class Forward:
         a read failed, `CancelledError` after `cancel`.
         """
         with self.lock:
-            if self._closed:
-                raise EdgertError("the engine is closed; load the model again")
+            self.check_open()
             start = 0 if every else self.reused(tokens)
             self._check(tokens, start, vocabulary)
             self._ticket = ticket
@@ -145,6 +170,14 @@ class Forward:
 
     def _run_pass(self, tokens: Sequence[int], position: int, wanted: int) -> None:
         """One walk of the program over `tokens`; the last `wanted` of them leave logits."""
+        with self._boundary:
+            while not self._walk(tokens, position, wanted):
+                pass
+
+    def _walk(self, tokens: Sequence[int], position: int, wanted: int) -> bool:
+        """Try a pass; False when it was stopped, but not by the one who wants it."""
+        while self._change_waits:
+            self._boundary.wait()
         if self._broken:
             self._recover()
         n = len(tokens)
@@ -159,19 +192,21 @@ class Forward:
         frame[rows.F_N_LOGITS] = wanted
         begin = time.perf_counter()
         self._raise_if_cancelled()
+        if self._change_waits:  # its stop may have come before `_recover` took it back
+            return False
         self._team.run(self._program)
         self._weights.raise_if_failed()
         if self._team.stopped:
             self._raise_if_cancelled()
-            # A stop that was meant for the request before and came too late: begin again.
-            self._run_pass(tokens, position, wanted)
-            return
+            # Meant for the request before and came too late, or a change comes first: begin again.
+            return False
         self._pass += 1
         self.stats.passes += 1
         self.stats.tokens += n
         self.stats.seconds += time.perf_counter() - begin
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
         self._broken = False  # last: an interruption before here begins the streams again
+        return True
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):

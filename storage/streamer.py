@@ -127,7 +127,7 @@ class Streamer:
         until this returns. Afterwards tile 0 of pass 0 is next, and no error is pending.
         """
         assert not self._closed
-        self._halt()
+        self.halt()
         self._drain()
         self._team.clear()
         self.ready[:] = 0
@@ -141,13 +141,13 @@ class Streamer:
         """Stop the readers and close the pipe. Idempotent. The consumer must have stopped."""
         if self._closed:
             return
-        self._halt()
+        self.halt()
         self._closed = True
         os.close(self._free_read)
         os.close(self.free_fd)
 
-    def _halt(self) -> None:
-        """Stop and join the threads; a read under way is finished first."""
+    def halt(self) -> None:
+        """Stop and join the threads; a read under way is finished first. `reset` begins again."""
         self._team.stopping = True
         if self._team.running:
             for _ in range(self._team.n_readers):

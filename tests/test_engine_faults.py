@@ -199,9 +199,9 @@ def test_every_piece_of_memory_that_is_not_granted_lets_go_of_the_rest(
         arenas: list[FailingArena] = []
 
         def arena(
-            nbytes: int, number: int = number, arenas: list[FailingArena] = arenas
+            nbytes: int, spare: int, number: int = number, arenas: list[FailingArena] = arenas
         ) -> FailingArena:
-            arenas.append(FailingArena(nbytes, number))
+            arenas.append(FailingArena(nbytes, number, spare))
             return arenas[-1]
 
         monkeypatch.setattr("edgert.engine.Arena", arena)
