@@ -87,10 +87,10 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Number formats of the KV cache, f16 or f32.",
         ),
         click.option(
-            "--fault", "faults", metavar="LIST", callback=lambda _c, _p, text: text and
-            _listed(partial(_one_of, names=(*FAULTS, "none")))(_c, _p, text) or ("none",),
-            help="Disks that are slow, stutter, fail once (eio, eio-load) or deliver less than asked "
-            "(short), and none: must end in equal output or a clean error.",
+            "--fault", "faults", default="none", metavar="LIST",
+            callback=_listed(partial(_one_of, names=(*FAULTS, "none"))),
+            help="Disks that are slow, stutter, fail once (eio, eio-load) or deliver less than "
+            "asked (short), or none. Must end in equal output or a clean error.",
         ),
         click.option(
             "--runs", type=click.IntRange(min=1), metavar="N",

@@ -24,9 +24,9 @@ _STUTTER_EVERY = 16
 class Faults:
     """From `install` on, `os.preadv` does as `kind` says.
 
-    slow: each read waits 4 ms. stutter: one in 16 waits 150 ms. eio and
-    eio-load: read number `number` fails, counted from 1 over all threads (they differ in when
-    they are installed: once the model is loaded, or before). short: reads deliver half of what was asked for, in whole
+    slow: each read waits 4 ms. stutter: one in 16 waits 150 ms. eio and eio-load: read number
+    `number` fails, counted from 1 over all threads (they differ in when they are installed: once
+    the model is loaded, or before). short: reads deliver half of what was asked for, in whole
     blocks, but for one in three. `reads` counts all of them, `done` those it happened to.
     """
 
