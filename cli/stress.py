@@ -16,6 +16,7 @@ import click
 import edgert
 from edgert import InputError
 from edgert.cli.options import debug_options, json_option, parse_budget
+from edgert.cli.report import require_matplotlib
 from edgert.cli.stress_faults import FAULTS
 
 __all__ = ["stress"]
@@ -182,8 +183,6 @@ def stress(
     from edgert.cli.stress_outcome import Outputs, compare, judge, sigterm_as_interrupt
 
     if plot is not None:
-        from edgert.cli.stress_plot import require_matplotlib
-
         require_matplotlib()
     if model_files and model is not None and _typed("model"):
         raise click.UsageError(f"models were given twice: {model_files[0]} and {model} (-m)")

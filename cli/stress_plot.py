@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edgert import InputError
 from edgert.cli.report import atomic_file
 from edgert.cli.stress_runs import Run
 
-__all__ = ["Picture", "pictures", "plot_budgets", "require_matplotlib", "svg"]
+__all__ = ["Picture", "pictures", "plot_budgets", "svg"]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 300, 60, 40
 _COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
@@ -86,14 +85,6 @@ def svg(picture: Picture) -> str:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
         parts.append(text(_LEFT + 8, 42 + 13 * number, name, f'fill="{color}"'))
     return "".join([*parts, "</svg>"])
-
-
-def require_matplotlib() -> None:
-    """Raises `InputError` that says how to get it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'edgert[plot]'") from None
 
 
 def plot_budgets(path: Path, runs: Sequence[Run]) -> None:
