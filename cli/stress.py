@@ -1,7 +1,7 @@
 """`edgert stress`: the memory promise, judged from outside.
 
-Owns: the options. What is tried is in
-stress_cases.py, how in stress_runs.py, what it says in stress_report.py and stress_outcome.py.
+Owns: the options. What is tried is in stress_cases.py, how in stress_runs.py, what it says in
+stress_report.py; stress_outcome.py leads from the first run to the exit code.
 """
 
 from __future__ import annotations

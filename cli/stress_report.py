@@ -70,7 +70,7 @@ def _problems(run: Run, same: Run | None) -> Iterable[str]:
 def verdict(runs: Sequence[Run], found: Sequence[str], planned: int) -> str:
     """One line: what was promised, in how many runs it held."""
     within = sum(not run.over for run in runs)
-    word = "broken" if found else "kept"
+    word = "broken" if found else "kept" if runs else "nothing tried"
     if any(run.sampled for run in runs):
         word += " (memory sampled, not limited)"
     line = f"{word}: {within} of {len(runs)} runs within budget"
