@@ -47,6 +47,8 @@ class Document:
         """For people and version control; without pictures."""
         out = ["# edgert stress", "", f"**{self.verdict}**", ""]
         for part in self.parts:
+            if not part.lines and not part.rows:  # pictures alone
+                continue
             out += [f"## {part.title}", ""]
             out += [f"* {line}" for line in part.lines] + ([""] if part.lines else [])
             if part.rows:
