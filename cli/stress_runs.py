@@ -26,7 +26,7 @@ from edgert.cli.stress_cases import Case
 __all__ = ["Run", "open_group", "probe_disk", "run_case"]
 
 _POLL_SECONDS = 0.02
-_PROBE_SECONDS = 0.4
+_PROBE_SECONDS = 0.8
 _PROBE = Path(__file__).with_name("disk_rate.py")
 _SAMPLED = "sampled RSS"
 

@@ -47,7 +47,7 @@ _RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a st
 
 
 class Engine:
-    """A loaded model. Immutable but for its KV cache, which it shares among sessions.
+    """A loaded model. Immutable but for its budget, and its KV cache, shared among sessions.
 
     Any thread may call any method: forward passes run one at a time, in the order they come, and
     each pass of each caller gets the bits it would get alone. `close` ends it; so does `with`.
@@ -203,6 +203,8 @@ class Engine:
             done = worker.submit(self._resize, plan, stop)
             try:
                 done.result()
+            except OSError as error:  # no pipe or thread for a ring
+                raise EdgertError(f"the memory budget stays as it was: {error}") from error
             except BaseException:
                 stop.set()
                 raise

@@ -101,11 +101,12 @@ def follow_pressure(
     Pressure is what Linux reports (PSI, or `memory.high` events of the cgroup), and too little free
     memory of the machine or of a limited cgroup. A budget set by another caller meanwhile is the
     new most. `read` makes the readings; `wait(seconds)` is true when it is time to end: both are
-    for tests.
+    for tests. Raises `EdgertError` on a system where budgets cannot change.
     """
     end = threading.Event()
+    floor = engine.smallest_budget()
     watcher = threading.Thread(
-        target=_watch, args=(engine, read or PressureGauge().read, wait or end.wait),
+        target=_watch, args=(engine, floor, read or PressureGauge().read, wait or end.wait),
         name="edgert-pressure", daemon=True,
     )  # fmt: skip
     watcher.start()
@@ -116,21 +117,23 @@ def follow_pressure(
         watcher.join()
 
 
-def _watch(engine: Engine, read: Callable[[], Reading], wait: Callable[[float], bool]) -> None:
-    ceiling = budget = engine.plan.budget_bytes
-    floor = engine.smallest_budget()
-    standing = Standing(budget, time.monotonic())
+def _watch(
+    engine: Engine, floor: int, read: Callable[[], Reading], wait: Callable[[float], bool]
+) -> None:
+    seen, ceiling = engine.plan.budget_bytes, engine.plan.total_bytes
+    standing = Standing(ceiling, time.monotonic())
     while not wait(PERIOD_SECONDS):
-        if engine.plan.budget_bytes != budget:  # somebody else has set it
-            ceiling = budget = engine.plan.budget_bytes
-        standing = replace(standing, budget_bytes=budget)
-        standing = next_standing(standing, read(), floor, ceiling)
-        if standing.budget_bytes == budget:
-            continue
+        if engine.plan.budget_bytes != seen:  # somebody else has set it
+            seen, ceiling = engine.plan.budget_bytes, engine.plan.total_bytes
+            standing = replace(standing, budget_bytes=ceiling)
+        wanted = next_standing(standing, read(), floor, ceiling)
         try:
-            budget = engine.set_memory_budget(standing.budget_bytes).budget_bytes
-            _LOG.info("memory budget %.1f MiB", budget / MIB)
+            if wanted.budget_bytes != standing.budget_bytes:
+                seen = engine.set_memory_budget(wanted.budget_bytes).budget_bytes
+                _LOG.info("memory budget %.1f MiB", seen / MIB)
+            standing = wanted
         except BudgetError as error:  # another engine has grown
-            floor = min(error.need_bytes, budget)
+            floor = min(error.need_bytes, standing.budget_bytes)
         except EdgertError as error:  # closed, or a read failed: as it was, and tried again
-            _LOG.info("the memory budget stays: %s", error)
+            _LOG.info("%s", error)
+            standing = replace(wanted, budget_bytes=standing.budget_bytes)

@@ -23,6 +23,7 @@ import pytest
 import edgert as library
 from edgert.cli.cgroup import MemoryGroup, MemoryGroupError, device_of
 from tests.command import ROOT, argv, environment
+from tests.tiny import FAMILIES, TinyFamily, tiny_model
 
 MIB = 2**20
 PROMPT = "Once upon a time"
@@ -259,3 +260,52 @@ def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) 
         assert child.returncode == 0
         peak = limit.peak_bytes()
         assert peak is None or peak < full + 32 * MIB
+
+
+FOLLOW = """
+import sys, time
+import edgert
+path, seconds = sys.argv[1:]
+with edgert.load(path, memory_budget="100%", context_length=256) as engine:
+    want = engine.generate("the hen", max_tokens=30, temperature=0)
+    with edgert.follow_pressure(engine):
+        print("ready", flush=True)
+        end, least, same = time.monotonic() + float(seconds), engine.plan.total_bytes, True
+        first = least
+        while time.monotonic() < end:
+            found = engine.generate("the hen", max_tokens=30, temperature=0)
+            same &= found.tokens == want.tokens
+            least = min(least, engine.plan.total_bytes)
+            time.sleep(0.1)
+    print(same, first - least, flush=True)
+"""
+EAT = """
+import sys, time
+held = []
+for _ in range(int(sys.argv[1])):
+    held.append(bytearray(b"x" * 2**20))
+    time.sleep(0.1)
+print("done")
+"""
+
+
+@stress
+def test_an_adaptive_engine_makes_room_for_another_program(tmp_path: Path) -> None:
+    """Together they want more than their group has: without giving way one would be killed."""
+    FAMILIES["wide"] = TinyFamily("llama", hidden=512, heads=8, kv_heads=2, head_dim=64, ffn=6144)
+    try:
+        path = tiny_model("wide", "F16", path=tmp_path / "wide.gguf")
+    finally:
+        del FAMILIES["wide"]
+    full = library.plan_model(path, memory_budget="100%", context_length=256).full_bytes
+    with group(full + 16 * MIB) as limit:
+        command = limit.command([sys.executable, "-c", FOLLOW, str(path), "12"])
+        with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as run:
+            assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+            more = (limit.limit_bytes - limit.current_bytes()) // MIB + 8
+            eat = limit.command([sys.executable, "-c", EAT, str(more)])
+            eaten = subprocess.run(eat, capture_output=True)
+            assert eaten.returncode == 0 and eaten.stdout == b"done\n"
+            same, given = run.stdout.readline().split()
+        assert run.returncode == 0 and same == b"True"
+        assert int(given) > 8 * MIB

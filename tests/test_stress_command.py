@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from edgert.cli.disk_rate import slope
 from edgert.cli.options import parse_budget
 from edgert.cli.stress_baseline import Comparison, Side, baseline_rows, ratio_line
 from edgert.cli.stress_cases import Case, Sweep, all_cases, choose, with_references
@@ -206,6 +207,13 @@ def test_faults_are_under_every_read(
     }  # fmt: skip
     assert (got, faults.done) == expected[kind]
     assert len(slept) == {"slow": 16, "stutter": 1}.get(kind, 0)
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.03, 0.05, 0.09])
+def test_a_rate_is_found_in_steps(phase: float) -> None:
+    """Reads released every 0.1 s, looked at every 4 ms for 0.8 s."""
+    times = [i * 0.004 for i in range(201)]
+    assert slope([(t, (t + phase) // 0.1 * 0.1e9) for t in times]) == pytest.approx(1e9, rel=0.025)
 
 
 # ----------------------------------------------------------------------------- documents
