@@ -28,7 +28,7 @@ from edgert.cli.options import ModelOptions
 from edgert.cli.progress import Progress
 from edgert.cli.report import table
 
-__all__ = ["compare", "comparison_text"]
+__all__ = ["EngineWorker", "compare", "comparison_text", "worker_commands"]
 
 _REPEATS = 5  # of a batch row in a trial, each being one short pass
 _REST_SECONDS = 0.05  # OpenMP's threads spin for some milliseconds after a pass
@@ -38,7 +38,7 @@ _WORKER = Path(__file__).with_name("bench_worker.py")
 _Case = tuple[str, list[int], list[int], bool]  # row, past, tokens, one by one
 
 
-class _Worker:
+class EngineWorker:
     """An engine in its own process; `ask` measures one request."""
 
     def __init__(self, name: str, argv: Sequence[str], env: dict[str, str]) -> None:
@@ -95,14 +95,18 @@ class _Worker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return ": ".join([f"exit code {self._child.returncode}", *lines[-1:]])
 
+    def kill(self) -> None:
+        """End the process now; may be called from another thread while it is asked."""
+        self._child.kill()
+
     def close(self) -> None:
         """End the process."""
-        self._child.kill()
+        self.kill()
         with self._child, self._errors:
             pass
 
 
-def _commands(
+def worker_commands(
     options: ModelOptions, threads: int, context_length: int, python: str | None
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Name -> command and environment of both processes; llama.cpp first, as it may be missing."""
@@ -146,10 +150,10 @@ def compare(
         raise ContextError(needed, context)
     tokenizer = edgert.Tokenizer.from_manifest(edgert.read_gguf(options.path).metadata)
     text = some_text(tokenizer, needed)
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, EngineWorker] = {}
     with ExitStack() as stack:
-        for name, (argv, env) in _commands(options, plan.threads, context, python).items():
-            workers[name] = _Worker(name, argv, env)
+        for name, (argv, env) in worker_commands(options, plan.threads, context, python).items():
+            workers[name] = EngineWorker(name, argv, env)
             stack.callback(workers[name].close)
             workers[name].wait_ready(progress.update)
         progress.close()
@@ -171,7 +175,11 @@ def compare(
 
 
 def _measure(
-    ours: _Worker, theirs: _Worker, cases: Sequence[_Case], trials: int, progress: Progress
+    ours: EngineWorker,
+    theirs: EngineWorker,
+    cases: Sequence[_Case],
+    trials: int,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {}
     top: dict[tuple[str, str], int] = {}

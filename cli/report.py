@@ -22,7 +22,16 @@ from edgert import InputError, format_bytes
 if TYPE_CHECKING:
     from edgert import MemoryReport, RunStats
 
-__all__ = ["atomic_file", "memory_text", "note", "print_csv", "print_json", "stats_line", "table"]
+__all__ = [
+    "atomic_file",
+    "memory_text",
+    "note",
+    "print_csv",
+    "print_json",
+    "require_matplotlib",
+    "stats_line",
+    "table",
+]
 
 
 def stats_line(stats: RunStats) -> str:
@@ -138,3 +147,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_matplotlib() -> None:
+    """Raise `InputError` where --plot cannot work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'edgert[plot]'") from None
