@@ -144,7 +144,7 @@ def compare(
     context = options.context_length or needed
     if needed > context:
         raise ContextError(needed, context)
-    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_gguf(options.path).metadata)
+    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(options.path).metadata)
     text = some_text(tokenizer, needed)
     workers: dict[str, _Worker] = {}
     with ExitStack() as stack:

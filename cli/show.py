@@ -54,7 +54,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         entry = formats.setdefault(tensor.format.name, {"tensors": 0, "parameters": 0, "nbytes": 0})
         entry["tensors"] += 1
         entry["parameters"] += tensor.parameters
-        entry["nbytes"] += tensor.extent.nbytes
+        entry["nbytes"] += tensor.nbytes
     tokens = metadata.get("tokenizer.ggml.tokens")
     return {
         "files": [str(path) for path in manifest.files],

@@ -104,7 +104,7 @@ def stress(
     if plot is not None:
         _require_matplotlib()
     runs = _plan_runs(options, [parse_budget(text) for text in budgets.split(",")])
-    files = edgert.read_gguf(options.path).files
+    files = edgert.read_manifest(options.path).files
     with _sigterm_as_interrupt():
         for run in runs:
             drop_page_cache(files)

@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
     from edgert.kernel_bench import bench_kernels
-    from edgert.opening import load, plan_model, warmup
+    from edgert.opening import load, plan_model, read_manifest, warmup
+    from edgert.pack import pack_model
     from edgert.plan import Plan
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
     from edgert.storage.manifest import Manifest
+    from edgert.storage.pack_verify import verify_pack
     from edgert.tokenizer import Tokenizer
 
 __all__ = [
@@ -78,9 +80,12 @@ __all__ = [
     "format_bytes",
     "load",
     "logits_hash",
+    "pack_model",
     "parse_bytes",
     "plan_model",
     "read_gguf",
+    "read_manifest",
+    "verify_pack",
     "warmup",
 ]
 
@@ -103,8 +108,11 @@ _LAZY = {  # public name -> module that defines it
     "diagnose": "edgert.diagnosis",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
+    "pack_model": "edgert.pack",
     "plan_model": "edgert.opening",
     "read_gguf": "edgert.storage.gguf",
+    "read_manifest": "edgert.opening",
+    "verify_pack": "edgert.storage.pack_verify",
     "warmup": "edgert.opening",
 }
 

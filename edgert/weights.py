@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.layout import TILE_ROWS, repack, tile_bytes
+from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, repack, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan, expert_parts
@@ -143,7 +143,10 @@ class Weights:
 
     def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
         entry = self._manifest.tensors[tile.tensor]
-        repack(entry.format, raw, tile.rows, entry.shape[1], out[: tile.nbytes])
+        if entry.layout == "tiles":
+            out[: tile.nbytes] = raw
+        else:
+            repack(entry.format, raw, tile.rows, entry.shape[1], out[: tile.nbytes])
 
     def _start_streamers(self) -> None:
         plan = self._plan
@@ -173,11 +176,18 @@ class Weights:
 
     def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
         record = self._need.experts[layer]
+        if record.is_packed:
+            slot[: record.nbytes] = raw[0]
+            return
         starts = (0, record.up_offset, record.down_offset)
         for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
-            n_rows, columns = self._manifest.tensors[name].shape[1:]
-            nbytes = -(-n_rows // TILE_ROWS) * tile_bytes(fmt, columns)
-            repack(fmt, part, n_rows, columns, slot[start : start + nbytes])
+            entry = self._manifest.tensors[name]
+            n_rows, columns = entry.shape[1:]
+            out = slot[start : start + matrix_bytes(fmt, n_rows, columns)]
+            if entry.layout == "tiles":
+                out[:] = part
+            else:
+                repack(fmt, part, n_rows, columns, out)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
