@@ -103,7 +103,7 @@ class _Worker:
 
 
 def _commands(
-    options: ModelOptions, threads: int, context_length: int, python: str | None
+    options: ModelOptions, threads: int, context_length: int, python: str | None, theirs: Path
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Name -> command and environment of both processes; llama.cpp first, as it may be missing."""
     settings: dict[str, Any] = {
@@ -125,19 +125,30 @@ def _commands(
         return [interpreter, str(_WORKER), engine, json.dumps(chosen)]
 
     return {
-        "llama.cpp": (command(python or sys.executable, "llamacpp", settings), there),
+        "llama.cpp": (
+            command(python or sys.executable, "llamacpp", settings | {"path": str(theirs)}),
+            there,
+        ),
         "edgert": (command(sys.executable, "edgert", ours), here),
     }
 
 
 def compare(
-    options: ModelOptions, sizes: Sizes, python: str | None, progress: Progress
+    options: ModelOptions,
+    sizes: Sizes,
+    python: str | None,
+    baseline_model: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Measure all rows with both engines; the object that --json prints.
 
-    `python`: the interpreter that has llama-cpp-python, by default this one. Raises `InputError`
-    when it has not, and what `edgert.plan_model` raises.
+    `python`: the interpreter that has llama-cpp-python, by default this one. `baseline_model`: its
+    file, by default the same. Raises `InputError` when it has not or cannot read that file, and what
+    `edgert.plan_model` raises.
     """
+    theirs = baseline_model or options.path
+    if theirs.suffix == ".edgert":
+        raise InputError(f"llama.cpp cannot read {theirs}; name a GGUF with --baseline-model")
     plan = options.plan()
     prompt = sizes.prompt(plan.context_length)
     needed = max(prompt, PAST + max(sizes.gen_tokens, *sizes.batches)) + 1
@@ -148,7 +159,7 @@ def compare(
     text = some_text(tokenizer, needed)
     workers: dict[str, _Worker] = {}
     with ExitStack() as stack:
-        for name, (argv, env) in _commands(options, plan.threads, context, python).items():
+        for name, (argv, env) in _commands(options, plan.threads, context, python, theirs).items():
             workers[name] = _Worker(name, argv, env)
             stack.callback(workers[name].close)
             workers[name].wait_ready(progress.update)
@@ -160,6 +171,7 @@ def compare(
         progress.close()
         return {
             "model": options.path.name,
+            "baseline_model": theirs.name,
             "machine": f"{platform.machine()} {platform.system()}",
             "cores": os.cpu_count(),
             "threads": plan.threads,
@@ -229,6 +241,8 @@ def comparison_text(found: dict[str, Any]) -> str:
         for row in rows
     ]
     title = f"{found['model']}, {found['threads']} threads, against {found['baseline']}"
+    if found["baseline_model"] != found["model"]:
+        title += f" on {found['baseline_model']}"
     agreed = sum(row["same_next_token"] for row in rows)
     return (
         f"{title}\n{table(header, lines)}\n"

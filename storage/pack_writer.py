@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -186,7 +186,7 @@ class PackWriter:
         self._synced = self.position
 
     @contextlib.contextmanager
-    def _explained(self):  # type: ignore[no-untyped-def]
+    def _explained(self) -> Iterator[None]:
         """What goes wrong while writing, as a message that says what is left."""
         try:
             yield
