@@ -143,7 +143,7 @@ def compare(
     """Measure all rows with both engines; the object that --json prints.
 
     `python`: the interpreter that has llama-cpp-python, by default this one. `baseline_model`: its
-    file, by default the same. Raises `InputError` when it has not or cannot read that file, and what
+    file, by default the same. Raises `InputError` when either cannot be used, and what
     `edgert.plan_model` raises.
     """
     theirs = baseline_model or options.path

@@ -102,7 +102,7 @@ def load(
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
 ) -> Engine:
-    """Open a GGUF model or an `.edgert` pack within `memory_budget`; without a path the bundled one.
+    """Open a GGUF model or an `.edgert` pack within `memory_budget`; by default the bundled one.
 
     `memory_budget`: bytes, "1.5GiB", or "50%" of what the whole model needs in memory; None is what
     the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:
