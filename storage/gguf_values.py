@@ -50,6 +50,7 @@ class HeaderReader:
     """
 
     def __init__(self, file: IO[bytes], path: Path, size: int, offset: int = 0) -> None:
+        """`size`: where reading ends at the latest; `offset`: where it begins."""
         self.path = path
         self.size = size
         self._file = file

@@ -6,7 +6,6 @@ not know what a tensor is for, nor how its bytes are made (edgert/pack.py).
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
 
 HEADER = Struct("<8sIIQQQIIIQI")
 _SUM = Struct("<I")
+_READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
 _TENSORS_MAX = 1 << 17
 _MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
 _DIMS_MAX = 4
@@ -136,17 +136,19 @@ def read_pack(path: str | Path) -> Manifest:
     with open_model_file(path) as (file, size):
         raw = _read(file, path, min(size, HEADER.size))
         header = read_header(raw, path, size)
-        index = _read(file, path, header.index_bytes)
-    if zlib.crc32(index) != header.index_crc:
-        raise FormatError(
-            path, "the index does not match its checksum; copy or pack it again", HEADER.size
-        )
-    whole = HeaderReader(io.BytesIO(raw + index), path, len(raw) + len(index))
-    whole.take(HEADER.size, "the header")
-    metadata, tensors = _read_index(whole, header)
-    if whole.left != 4 * header.n_chunks:
-        raise whole.error(
-            f"{whole.left:,} bytes follow the tensor table, "
+        end = HEADER.size + header.index_bytes
+        crc = 0
+        for at in range(HEADER.size, end, _READ_BYTES):
+            crc = zlib.crc32(_read(file, path, min(_READ_BYTES, end - at)), crc)
+        if crc != header.index_crc:
+            raise FormatError(
+                path, "the index does not match its checksum; copy or pack it again", HEADER.size
+            )
+        index = HeaderReader(file, path, end, HEADER.size)
+        metadata, tensors = _read_index(index, header)
+    if index.left != 4 * header.n_chunks:
+        raise index.error(
+            f"{index.left:,} bytes follow the tensor table, "
             f"not {header.n_chunks:,} checksums of 4 bytes"
         )
     return Manifest(
@@ -193,7 +195,7 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
             path, f"the file is {size:,} bytes long, not {file_bytes:,}; copy or pack it again", 16
         )
     end = HEADER.size + index_bytes
-    if index_bytes > HEADER_MAX:
+    if end > HEADER_MAX:
         raise FormatError(path, f"the index is longer than {format_bytes(HEADER_MAX)}", 24)
     if end > size or data_offset != align_up(end, PAGE) or data_offset > size:
         raise FormatError(

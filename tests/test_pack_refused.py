@@ -164,7 +164,7 @@ HEAD, EMBEDDING = "output.weight", "token_embd.weight"
         (HEAD, {"shape": (2**40, 2**40)}, "impossible shape"),
         (HEAD, {"shape": (0, 256)}, "impossible shape"),
         (HEAD, {"shape": (288, 250)}, "not a multiple of the 32"),
-        (HEAD, {"name": EMBEDDING[:13]}, "is missing"),
+        (HEAD, {"name": EMBEDDING[:13]}, "'token_embd.we' is not part of a"),
         (EMBEDDING, {"layout": "tiles"}, "is in tiles, but is read in rows"),
         ("blk.0.attn_norm.weight", {"layout": "tiles"}, "cannot be in tiles"),
     ],
