@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from edgert.errors import EdgertError, InputError
+from edgert.errors import EdgertError, FormatError, InputError
 from edgert.storage.pack import CHUNK_BYTES, HEADER, PAGE, encode_header
 from edgert.storage.pack_verify import verify_pack
 from edgert.units import MIB, align_up, format_bytes
@@ -110,8 +110,11 @@ class PackWriter:
         _drop(self._fd, 0, 0)
         try:
             verify_pack(self.partial, on_progress)
-        except EdgertError:
+        except FormatError:
             self.partial.unlink()
+            raise
+        except BaseException:  # Ctrl-C, a read that failed: what is there can still be continued
+            _write(self._fd, memoryview(self._head), 0)
             raise
         with self._explained():
             os.replace(self.partial, self.out)

@@ -214,6 +214,26 @@ def test_an_interrupted_run_is_continued(
 
 
 @pytest.mark.usefixtures("small_steps")
+def test_an_interrupted_check_is_continued(
+    tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = tmp_path / "m.edgert", tmp_path / "m.edgert.partial"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "verify":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edgert.pack_model(tiny_gguf, out, on_progress=interrupt)
+    assert not out.exists()
+    with pytest.raises(FormatError):
+        edgert.read_manifest(partial)
+    monkeypatch.setattr("edgert.pack._made", None)  # nothing is made again
+    edgert.pack_model(tiny_gguf, out)
+    edgert.verify_pack(out)
+
+
+@pytest.mark.usefixtures("small_steps")
 def test_a_partial_file_of_something_else_is_begun_again(
     tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
