@@ -78,7 +78,7 @@ def pack_model(
 
     `type_name`: "keep" for the very weights of the source, or a plane format ("P3_128") for the
     matrices of attention and feed-forward, which is lossy. `refine=False` rounds to nearest
-    instead of searching scales: 20 times as fast, for measurements. `force` replaces `out`.
+    instead of searching scales: 12 times as fast, for measurements. `force` replaces `out`.
     `on_progress` gets "pack" or "verify" and bytes of data.
 
     Memory: under 300 MiB whatever the model. An interrupted run leaves `out`.partial, which the
