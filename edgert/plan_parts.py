@@ -171,7 +171,7 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     rows, columns = entry.shape
     group = tile_bytes(entry.format, columns)
     count = max(1, size // group)
-    if entry.layout == "tiles":  # parts that begin and end with a page are read into their slot
+    if entry.layout == "tiles":  # of whole pages, so that nothing is read twice
         even = ALIGNMENT // gcd(ALIGNMENT, group)
         count = max(even, count // even * even)
     step = TILE_ROWS * count
