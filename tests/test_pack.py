@@ -338,3 +338,12 @@ def test_pack_and_show(tmp_path: Path, tiny_moe_gguf: Path) -> None:
     assert inside("show", out).returncode == 0
     assert_error(inside("show", out, "--verify"), 3, "do not match their checksum in blk.")
     assert_error(inside("show", tiny_moe_gguf, "--verify"), 2, "has no checksums")
+
+
+def test_llamacpp_needs_a_file_it_can_read(tmp_path: Path, tiny_gguf: Path) -> None:
+    out = tmp_path / "m.edgert"
+    edgert.pack_model(tiny_gguf, out)
+    run = inside("bench", out, "--baseline", "llamacpp")
+    assert_error(run, 2, "llama.cpp cannot read", "name a GGUF with --baseline-model")
+    run = inside("bench", out, "--baseline-model", tiny_gguf)
+    assert_error(run, 2, "--baseline-model needs --baseline llamacpp")
