@@ -36,11 +36,11 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @debug_options
 def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bool) -> None:
-    """Turn a GGUF model into an .edgert file, which every command takes in its place.
+    """Turn a GGUF model into an .edgert file.
 
-    Its weights lie as they are used, so that streaming reads them straight ahead and places them
-    without work, and it carries checksums (edgert show --verify). What was written is read back and
-    compared. A run that was stopped is continued by the same command; until the file is whole it
+    Every command takes it in place of the model. Its weights lie as they are used, so that streaming
+    reads them straight ahead and places them without work, and it carries checksums (edgert show
+    --verify). What was written is read back and compared. A run that was stopped is continued by the same command; until the file is whole it
     is called OUT.partial.
     """
     source = ModelOptions(model).path
