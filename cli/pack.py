@@ -38,9 +38,9 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
 def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bool) -> None:
     """Turn a GGUF model into an .edgert file.
 
-    Every command takes it in place of the model. Its weights lie as they are used, so that streaming
-    reads them straight ahead and places them without work, and it carries checksums (edgert show
-    --verify). What was written is read back and compared. A run that was stopped is continued by the same command; until the file is whole it
+    Every command takes it in place of the model. Its weights lie as they are used, so that
+    streaming reads them straight ahead and places them without work, and it carries checksums
+    (edgert show --verify). What was written is read back and compared. A run that was stopped is continued by the same command; until the file is whole it
     is called OUT.partial.
     """
     source = ModelOptions(model).path
