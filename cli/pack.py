@@ -40,8 +40,8 @@ def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bo
 
     Every command takes it in place of the model. Its weights lie as they are used, so that
     streaming reads them straight ahead and places them without work, and it carries checksums
-    (edgert show --verify). What was written is read back and compared. A run that was stopped is continued by the same command; until the file is whole it
-    is called OUT.partial.
+    (edgert show --verify). What was written is read back and compared. A run that was stopped is
+    continued by the same command; until the file is whole it is called OUT.partial.
     """
     source = ModelOptions(model).path
     begin = time.perf_counter()
