@@ -207,7 +207,7 @@ def test_what_later_versions_may_add(tmp_path: Path, packed: bytes, which: int, 
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damage_is_refused_or_harmless(tmp_path: Path, packed: bytes, data: st.DataObject) -> None:
