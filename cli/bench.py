@@ -82,6 +82,12 @@ def _model_was_typed() -> bool:
     help="The Python that has llama-cpp-python; by default the one that runs edgert.",
 )
 @click.option(
+    "--baseline-model",
+    type=click.Path(path_type=Path),
+    metavar="GGUF",
+    help="Another file for llama.cpp, of the same shape; it cannot read an .edgert file.",
+)
+@click.option(
     "--kernels",
     is_flag=True,
     help="Measure the matrix kernels instead of a model, against the limits of the machine.",
@@ -115,6 +121,7 @@ def bench(
     options: ModelOptions,
     baseline: str | None,
     baseline_python: str | None,
+    baseline_model: Path | None,
     kernels: bool,
     attention: bool,
     formats: str | None,
@@ -131,8 +138,9 @@ def bench(
     and thread count. --baseline measures llama.cpp beside edgert, --kernels and --attention parts
     of edgert against the limits of the machine.
     """
-    if baseline_python is not None and baseline is None:
-        raise click.UsageError("--baseline-python needs --baseline llamacpp")
+    for name, value in (("python", baseline_python), ("model", baseline_model)):
+        if value is not None and baseline is None:
+            raise click.UsageError(f"--baseline-{name} needs --baseline llamacpp")
     if kernels + attention + speculate + (baseline is not None) > 1:
         raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
     if prompt_file is not None and not speculate:
@@ -162,7 +170,7 @@ def bench(
             from edgert.cli.bench_baseline import compare, comparison_text
             from edgert.cli.bench_model import Sizes
 
-            found = compare(options, Sizes(**sizes), baseline_python, progress)
+            found = compare(options, Sizes(**sizes), baseline_python, baseline_model, progress)
             rows, text = found["rows"], comparison_text
         elif speculate:
             from edgert.cli.bench_model import Sizes

@@ -107,7 +107,11 @@ class EngineWorker:
 
 
 def worker_commands(
-    options: ModelOptions, threads: int, context_length: int, python: str | None
+    options: ModelOptions,
+    threads: int,
+    context_length: int,
+    python: str | None,
+    theirs: Path,
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Name -> command and environment of both processes; llama.cpp first, as it may be missing."""
     settings: dict[str, Any] = {
@@ -129,30 +133,42 @@ def worker_commands(
         return [interpreter, str(_WORKER), engine, json.dumps(chosen)]
 
     return {
-        "llama.cpp": (command(python or sys.executable, "llamacpp", settings), there),
+        "llama.cpp": (
+            command(python or sys.executable, "llamacpp", settings | {"path": str(theirs)}),
+            there,
+        ),
         "edgert": (command(sys.executable, "edgert", ours), here),
     }
 
 
 def compare(
-    options: ModelOptions, sizes: Sizes, python: str | None, progress: Progress
+    options: ModelOptions,
+    sizes: Sizes,
+    python: str | None,
+    baseline_model: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Measure all rows with both engines; the object that --json prints.
 
-    `python`: the interpreter that has llama-cpp-python, by default this one. Raises `InputError`
-    when it has not, and what `edgert.plan_model` raises.
+    `python`: the interpreter that has llama-cpp-python, by default this one. `baseline_model`: its
+    file, by default the same. Raises `InputError` when either cannot be used, and what
+    `edgert.plan_model` raises.
     """
+    theirs = baseline_model or options.path
+    if theirs.suffix == ".edgert":
+        raise InputError(f"llama.cpp cannot read {theirs}; name a GGUF with --baseline-model")
     plan = options.plan()
     prompt = sizes.prompt(plan.context_length)
     needed = max(prompt, PAST + max(sizes.gen_tokens, *sizes.batches)) + 1
     context = options.context_length or needed
     if needed > context:
         raise ContextError(needed, context)
-    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_gguf(options.path).metadata)
+    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(options.path).metadata)
     text = some_text(tokenizer, needed)
     workers: dict[str, EngineWorker] = {}
     with ExitStack() as stack:
-        for name, (argv, env) in worker_commands(options, plan.threads, context, python).items():
+        commands = worker_commands(options, plan.threads, context, python, theirs)
+        for name, (argv, env) in commands.items():
             workers[name] = EngineWorker(name, argv, env)
             stack.callback(workers[name].close)
             workers[name].wait_ready(progress.update)
@@ -164,6 +180,7 @@ def compare(
         progress.close()
         return {
             "model": options.path.name,
+            "baseline_model": theirs.name,
             "machine": f"{platform.machine()} {platform.system()}",
             "cores": os.cpu_count(),
             "threads": plan.threads,
@@ -237,6 +254,8 @@ def comparison_text(found: dict[str, Any]) -> str:
         for row in rows
     ]
     title = f"{found['model']}, {found['threads']} threads, against {found['baseline']}"
+    if found["baseline_model"] != found["model"]:
+        title += f" on {found['baseline_model']}"
     agreed = sum(row["same_next_token"] for row in rows)
     return (
         f"{title}\n{table(header, lines)}\n"

@@ -72,7 +72,7 @@ def bench_model(
 
     Kernels are compiled while the model loads, outside of what is measured.
     """
-    cold = drop_page_cache(edgert.read_gguf(options.path).files)
+    cold = drop_page_cache(edgert.read_manifest(options.path).files)
     with options.load(progress, timeline=timeline) as engine:
         prompt = some_text(engine.tokenizer, sizes.prompt(engine.context_length))
         progress.close()

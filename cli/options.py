@@ -253,7 +253,7 @@ def model_argument(function: F) -> F:
         "model",
         type=path,
         metavar="FILE",
-        help="The model's GGUF file, as an option; the bundled model when none is named.",
+        help="The model's file, .gguf or .edgert, as an option; by default the bundled model.",
     )(wrapper)
     argument = click.argument("model_file", metavar="[MODEL]", required=False, type=path)
     return cast(F, argument(with_option))

@@ -232,10 +232,10 @@ class Conversation:
 
     def _show(self, what: str) -> None:
         if what == "info":
-            from edgert import read_gguf
+            from edgert import read_manifest
             from edgert.cli.show import describe, facts_text
 
-            note(facts_text(describe(read_gguf(self.options.path))))
+            note(facts_text(describe(read_manifest(self.options.path))))
         elif what == "parameters":
             lines = [f"{name} = {value}" for name, value in self.sampling.items()]
             note("\n".join(lines) or "all at the model's defaults")

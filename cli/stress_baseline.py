@@ -71,7 +71,7 @@ def compare_case(case: Case, python: str | None, time_limit: float, turn: int) -
     """
     sides = {}
     for name in _SIDES if turn % 2 else _SIDES[::-1]:
-        drop_page_cache(edgert.read_gguf(case.model).files)
+        drop_page_cache(edgert.read_manifest(case.model).files)
         sides[name] = _measure(name, case, python, time_limit)
     return Comparison(case, sides)
 
@@ -82,8 +82,8 @@ def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Si
         case.model, budget, case.context_length, case.threads, case.kv_cache_type
     )
     threads = options.plan().threads
-    argv, env = worker_commands(options, threads, case.context_length, python)[name]
-    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_gguf(case.model).metadata)
+    argv, env = worker_commands(options, threads, case.context_length, python, options.path)[name]
+    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(case.model).metadata)
     text = some_text(tokenizer, case.prompt_tokens + case.max_tokens + _PAST)
     side = Side()
     with ExitStack() as stack:

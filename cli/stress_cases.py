@@ -170,7 +170,7 @@ def _failing_read(number: int) -> int:
 
 @cache
 def _trained_context(model: Path) -> int:
-    metadata = edgert.read_gguf(model).metadata
+    metadata = edgert.read_manifest(model).metadata
     value = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return value if isinstance(value, int) else 4096
 

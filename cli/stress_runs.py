@@ -218,7 +218,7 @@ def run_case(case: Case, time_limit: float) -> Run:
 
 def _try(case: Case, time_limit: float) -> Run:
     run = Run(case)
-    drop_page_cache(edgert.read_gguf(case.model).files)
+    drop_page_cache(edgert.read_manifest(case.model).files)
     group = open_group(case.budget_bytes, case.disk_rate, case.model)
     run.judged_by = group.kind if group else _SAMPLED
     probed = not case.resident and not case.fault

@@ -39,13 +39,15 @@ if TYPE_CHECKING:
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
     from edgert.kernel_bench import bench_kernels
-    from edgert.opening import load, plan_model, warmup
+    from edgert.opening import load, plan_model, read_manifest, warmup
+    from edgert.pack import pack_model
     from edgert.plan import Plan
     from edgert.pressure import follow_pressure
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
     from edgert.storage.manifest import Manifest
+    from edgert.storage.pack_verify import verify_pack
     from edgert.timeline import Timeline
     from edgert.tokenizer import Tokenizer
 
@@ -82,9 +84,12 @@ __all__ = [
     "format_bytes",
     "load",
     "logits_hash",
+    "pack_model",
     "parse_bytes",
     "plan_model",
     "read_gguf",
+    "read_manifest",
+    "verify_pack",
     "warmup",
 ]
 
@@ -109,8 +114,11 @@ _LAZY = {  # public name -> module that defines it
     "follow_pressure": "edgert.pressure",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
+    "pack_model": "edgert.pack",
     "plan_model": "edgert.opening",
     "read_gguf": "edgert.storage.gguf",
+    "read_manifest": "edgert.opening",
+    "verify_pack": "edgert.storage.pack_verify",
     "warmup": "edgert.opening",
 }
 

@@ -17,9 +17,11 @@ from edgert.config import LoadOptions
 from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
-from edgert.models.tensors import check_tensors
+from edgert.models.tensors import TensorNeed, check_tensors
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
+from edgert.storage.model_file import read_magic
+from edgert.storage.pack import MAGIC, read_pack
 from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from edgert.storage.backend import Backend
     from edgert.timeline import Timeline
 
-__all__ = ["Opened", "load", "open_model", "plan_model", "warmup"]
+__all__ = ["Opened", "load", "open_model", "plan_model", "read_manifest", "warmup"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
 
@@ -50,8 +52,17 @@ class Opened:
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
         formats = {t.format for t in self.manifest.tensors.values() if len(t.shape) > 1}
-        names = tuple(f.name for f in sorted(formats, key=lambda f: f.type_id))
+        names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
         return KernelSet(names, kv_cache_type, self.spec.is_moe)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The index of a GGUF model or an `.edgert` pack, told apart by how the file begins.
+
+    Reads no weight. Raises `ModelError`, `FormatError` and `UnsupportedError`, as `read_gguf`.
+    """
+    is_pack = read_magic(Path(path), len(MAGIC)) == MAGIC
+    return read_pack(path) if is_pack else read_gguf(path)
 
 
 def open_model(path: str | Path | None = None) -> Opened:
@@ -62,15 +73,23 @@ def open_model(path: str | Path | None = None) -> Opened:
     import edgert
 
     path = Path(edgert.bundled_model() if path is None else path)
-    manifest = read_gguf(path)
+    manifest = read_manifest(path)
     try:
         spec = spec_from_manifest(manifest.metadata, manifest.tensors)
-        check_tensors(spec, manifest.tensors)
+        needs = check_tensors(spec, manifest.tensors)
+        _check_layouts(needs, manifest)
     except FormatError:
         raise
     except (ModelError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from None
     return Opened(path, manifest, spec)
+
+
+def _check_layouts(needs: dict[str, TensorNeed], manifest: Manifest) -> None:
+    """What is read row by row must be there in rows."""
+    for need in needs.values():
+        if need.kind in ("vector", "embedding") and manifest.tensors[need.name].layout != "rows":
+            raise ModelError(f"tensor {need.name!r} is in tiles, but is read in rows")
 
 
 def load(
@@ -85,7 +104,7 @@ def load(
     backend: Callable[[Sequence[Path]], Backend] | None = None,
     timeline: Timeline | None = None,
 ) -> Engine:
-    """Open a GGUF model within `memory_budget`; the bundled model when no path is given.
+    """Open a GGUF model or an `.edgert` pack within `memory_budget`; by default the bundled one.
 
     `memory_budget`: bytes, "1.5GiB", or "50%" of what the whole model needs in memory; None is what
     the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from edgert.elastic import Rooms, elastic_bytes, leaving_order
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.layout import TILE_ROWS, repack, tile_bytes
+from edgert.kernels_cpu.layout import TILE_ROWS, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
+from edgert.placing import place_expert, place_rows
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan, expert_parts
 from edgert.quant.reference import dequantize_ref
@@ -186,7 +187,7 @@ class Weights:
         name = "place resident" if tile.stream_index < 0 else "place tile"
         at = place_in_file(tile.extent.file_index, tile.extent.offset)
         with self._span(name, at, tile.nbytes):
-            repack(entry.format, raw, tile.rows, entry.shape[1], out[: tile.nbytes])
+            place_rows(entry, tile.rows, raw, out[: tile.nbytes])
 
     def _make_streamers(self) -> None:
         """Both streamers of the plan as it is; `reset` sets them going."""
@@ -273,13 +274,8 @@ class Weights:
 
     def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
         record = self._need.experts[layer]
-        starts = (0, record.up_offset, record.down_offset)
-        matrices = zip(record.tensors, record.formats, raw, starts, strict=True)
         with self._span("place expert", layer, expert):
-            for name, fmt, part, start in matrices:
-                n_rows, columns = self._manifest.tensors[name].shape[1:]
-                nbytes = -(-n_rows // TILE_ROWS) * tile_bytes(fmt, columns)
-                repack(fmt, part, n_rows, columns, slot[start : start + nbytes])
+            place_expert(record, self._manifest, raw, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
