@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgert.chat_template import render_chat
 from edgert.config import SamplingParams
+from edgert.device_profile import load_profile, note_drift
 from edgert.errors import EdgertError, InputError
 from edgert.forward import Forward
 from edgert.kernels_cpu.kv_cache import KvLayout
@@ -25,6 +26,7 @@ from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
 from edgert.plan import Plan
+from edgert.prediction import Prediction, predict
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
@@ -63,6 +65,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0
+        self.prediction: Prediction | None = None  # None: this machine was never profiled
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
@@ -78,6 +81,7 @@ class Engine:
             self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
             self._held.append(self.weights.close)
             self._open(need, on_progress)
+            self.prediction = self._predict(opened)
         except BaseException:
             self.close()
             raise
@@ -115,6 +119,18 @@ class Engine:
         )
         self._held.append(self.forward.close)
         trim_heap()
+
+    def _predict(self, opened: Opened) -> Prediction | None:
+        """What the plan will do, if the machine was profiled, at the disk's rate of today."""
+        files, rate = opened.manifest.files, self.device_bytes_per_s
+        profile = load_profile(files, self.plan.threads)
+        if profile is None:
+            return None
+        if rate:
+            note_drift(profile, files, rate)
+        return predict(
+            self.plan, self.spec, opened.manifest, profile, device_bytes_per_s=rate
+        )
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
