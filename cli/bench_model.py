@@ -136,8 +136,10 @@ def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[s
         "trials": len(trials),
         "prefill_tok_s": median("prefill_tok_s"),
         "decode_tok_s": median("decode_tok_s"),
+        # None where `edgert plan` or `edgert doctor` never profiled this machine.
+        "predicted_decode_tok_s": trials[0].predicted_tok_s or None,
         # What the device allows if nothing but reading took time; None when nothing is read.
-        "predicted_decode_tok_s": device / read if device and read else None,
+        "roof_decode_tok_s": device / read if device and read else None,
         "read_bytes_per_token": read,
         "read_bytes_per_s": median("read_bytes_per_s"),
         "device_bytes_per_s": device,

@@ -22,7 +22,8 @@ from edgert import InputError, format_bytes
 if TYPE_CHECKING:
     from edgert import RunStats
 
-__all__ = ["atomic_file", "note", "print_csv", "print_json", "stats_line", "table"]
+__all__ = ["atomic_file", "note", "print_csv", "print_json", "require_matplotlib",
+           "stats_line", "table"]  # fmt: skip
 
 
 def stats_line(stats: RunStats) -> str:
@@ -112,3 +113,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_matplotlib() -> None:
+    """Raise `InputError` where --plot cannot work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'edgert[plot]'") from None

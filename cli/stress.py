@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 import edgert
-from edgert import BudgetExceededError, EdgertError, InputError, format_bytes
+from edgert import BudgetExceededError, EdgertError, format_bytes
 from edgert.cli.cgroup import MemoryGroup, MemoryGroupError, drop_page_cache
 from edgert.cli.options import (
     Budget,
@@ -32,7 +32,7 @@ from edgert.cli.options import (
     load_options_without_budget,
     parse_budget,
 )
-from edgert.cli.report import atomic_file, note, print_json, table
+from edgert.cli.report import atomic_file, note, print_json, require_matplotlib, table
 
 __all__ = ["BudgetRun", "problems", "stress"]
 
@@ -102,7 +102,7 @@ def stress(
     of the logits. Exit code 6: a run needed more than its budget.
     """
     if plot is not None:
-        _require_matplotlib()
+        require_matplotlib()
     runs = _plan_runs(options, [parse_budget(text) for text in budgets.split(",")])
     files = edgert.read_gguf(options.path).files
     with _sigterm_as_interrupt():
@@ -246,13 +246,6 @@ def _table(runs: list[BudgetRun]) -> str:
             )
         )
     return table((*header, "decode tok/s", "MiB/tok", "logits"), rows)
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'edgert[plot]'") from None
 
 
 def _plot(path: Path, title: str, runs: list[BudgetRun]) -> None:

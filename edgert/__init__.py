@@ -36,11 +36,14 @@ if TYPE_CHECKING:
     from edgert.attention_bench import bench_attention
     from edgert.bench_harness import KernelFigures
     from edgert.config import SamplingParams
+    from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.forecast import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, warmup
     from edgert.plan import Plan
+    from edgert.prediction import Prediction
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
@@ -53,8 +56,10 @@ __all__ = [
     "CancelledError",
     "Completion",
     "ContextError",
+    "DeviceProfile",
     "EdgertError",
     "Engine",
+    "Forecast",
     "FormatError",
     "InputError",
     "KernelFigures",
@@ -62,6 +67,7 @@ __all__ = [
     "MemoryReport",
     "ModelError",
     "Plan",
+    "Prediction",
     "RunStats",
     "SamplingParams",
     "Session",
@@ -75,11 +81,13 @@ __all__ = [
     "bench_kernels",
     "bundled_model",
     "diagnose",
+    "forecast",
     "format_bytes",
     "load",
     "logits_hash",
     "parse_bytes",
     "plan_model",
+    "profile_device",
     "read_gguf",
     "warmup",
 ]
@@ -88,11 +96,14 @@ __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
+    "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "Forecast": "edgert.forecast",
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
+    "Prediction": "edgert.prediction",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
@@ -101,9 +112,11 @@ _LAZY = {  # public name -> module that defines it
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
+    "forecast": "edgert.forecast",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "plan_model": "edgert.opening",
+    "profile_device": "edgert.forecast",
     "read_gguf": "edgert.storage.gguf",
     "warmup": "edgert.opening",
 }

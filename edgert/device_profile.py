@@ -81,14 +81,17 @@ class DeviceProfile:
         not. 1 MiB from four readers stands for everything above.
         """
         size, most = min(request_bytes, SATURATING[0]), min(readers, SATURATING[1])
-        enough = [r.bytes_per_s for r in self.reads if r.request_bytes >= size and r.readers >= most]
+        enough = [
+            r.bytes_per_s for r in self.reads if r.request_bytes >= size and r.readers >= most
+        ]
         return statistics.median(enough or [r.bytes_per_s for r in self.reads])
 
     @property
     def read_seconds(self) -> float:
         """What a small read takes, alone."""
         return next(
-            (r.request_bytes / r.bytes_per_s for r in self.reads if r.request_bytes == SMALL_READ), 0.0
+            (r.request_bytes / r.bytes_per_s for r in self.reads if r.request_bytes == SMALL_READ),
+            0.0,
         )
 
     @property

@@ -26,8 +26,8 @@ from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
 from edgert.plan import Plan
-from edgert.prediction import Prediction, predict
 from edgert.plan_parts import Need, need_of, scratch_bytes
+from edgert.prediction import Prediction, predict
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.arena import Arena
@@ -40,6 +40,7 @@ from edgert.weights import Weights
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
+_BURST_SECONDS = 0.1
 _RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
 
 
@@ -99,7 +100,9 @@ class Engine:
         self._team = ThreadTeam(plan.threads)
         self._held.append(self._team.close)
         if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
-            # Before any reader thread runs: the rate must be that of the idle device.
+            # Before any reader thread runs: the rate must be that of the idle device. The first
+            # tenth of a second is not counted: a throttled disk grants a burst after a rest.
+            self.weights.measure_device(_BURST_SECONDS)
             self.device_bytes_per_s = self.weights.measure_device(_RATE_SECONDS)
         self.weights.open(
             None if on_progress is None else lambda done, total: on_progress("load", done, total)
@@ -128,9 +131,7 @@ class Engine:
             return None
         if rate:
             note_drift(profile, files, rate)
-        return predict(
-            self.plan, self.spec, opened.manifest, profile, device_bytes_per_s=rate
-        )
+        return predict(self.plan, self.spec, opened.manifest, profile, device_bytes_per_s=rate)
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""

@@ -71,9 +71,7 @@ def bench_kernels(
 class Matrices:
     """Weights all over `arena`, and activations to multiply them with on two teams."""
 
-    def __init__(
-        self, team: ThreadTeam, alone: ThreadTeam, arena: npt.NDArray[np.uint8]
-    ) -> None:
+    def __init__(self, team: ThreadTeam, alone: ThreadTeam, arena: npt.NDArray[np.uint8]) -> None:
         self._team, self._alone, self._arena = team, alone, arena
         self._index = np.arange(GEMM_TOKENS, dtype=np.int64)
         self._y = np.zeros((GEMM_TOKENS, ROWS), np.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -52,16 +52,20 @@ _ARENA_LEAST = 64 * MIB
 
 
 def ensure_profile(
-    opened: Opened, threads: int, on_progress: Progress | None = None
+    opened: Opened,
+    threads: int,
+    on_progress: Progress | None = None,
+    *,
+    fresh: bool = False,
 ) -> tuple[DeviceProfile, bool]:
     """The profile for a model's disk and formats, measured where it is missing or due.
 
-    True beside it when it could be kept. Compiles the kernels of the model if they are not yet.
-    Raises `StorageError` when the model cannot be read.
+    With `fresh` all is measured again. True beside it when it could be kept. Compiles the kernels
+    of the model if they are not yet. Raises `StorageError` when the model cannot be read.
     """
     files, size = opened.manifest.files, sum(opened.manifest.file_bytes)
     wanted = opened.kernel_set("f16")
-    found = load_profile(files, threads)
+    found = None if fresh else load_profile(files, threads)
     if found and found.covers(wanted.formats) and found.covers_disk(size):
         return found, True
     for name, done, total in compile_apart(wanted, None):
@@ -72,16 +76,15 @@ def ensure_profile(
     with _bench(threads) as bench:
         if found is None:
             found = bench.machine(size)
-        if not found.kernels or not found.covers_disk(size):
+        new = [name for name in wanted.formats if name not in found.kernels]
+        found = bench.kernels(found, new)
+        if not found.reads or not found.covers_disk(size):
             backend = FileBackend(files, file_bytes=opened.manifest.file_bytes)
             try:
                 found = bench.disk(found, backend, size)
             finally:
                 backend.close()
-        new = {n: bench.kernel(n) for n in wanted.formats if n not in found.kernels}
-        found = replace(
-            found, kernels={**found.kernels, **new}, op_seconds=bench.op_seconds(wanted.formats[0])
-        )
+            found = bench.kernels(found, new)
     return found, save_profile(found, files)
 
 
@@ -114,7 +117,7 @@ class _Bench:
             threads=self.team.threads, measured_at=time.time(), direct=True,
             sample_bytes=sample_bytes, reads=(), busy_read_bytes_per_s=0.0,
             busy_memory_share=1.0, memory_bytes_per_s=memory,
-            op_seconds=1.0, kernels={},
+            op_seconds=float("inf"), kernels={},
         )  # fmt: skip
 
     def disk(self, profile: DeviceProfile, backend: FileBackend, size: int) -> DeviceProfile:
@@ -157,9 +160,23 @@ class _Bench:
         reader.join()
         return rate, walks * self.reading.nbytes / seconds
 
-    def op_seconds(self, name: str) -> float:
-        """What a small op and its barrier take: a fixed cost of each step of a layer."""
-        return _fastest(self.matrices.small_case(BY_NAME[name], _OPS)) / _OPS
+    def kernels(self, profile: DeviceProfile, names: Sequence[str]) -> DeviceProfile:
+        """The profile with the best of what was and is now measured of formats and of small ops.
+
+        Called twice, apart in time: a second in which the machine was busy elsewhere is not kept.
+        """
+        rates = dict(profile.kernels)
+        small = profile.op_seconds
+        for name in names:
+            now = self.kernel(name)
+            before = rates.get(name, now)
+            rates[name] = KernelRate(
+                max(before.token_bytes_per_s, now.token_bytes_per_s),
+                max(before.batch_macs_per_s, now.batch_macs_per_s),
+                max(before.repack_bytes_per_s, now.repack_bytes_per_s),
+            )
+            small = min(small, _fastest(self.matrices.small_case(BY_NAME[name], _OPS)) / _OPS)
+        return replace(profile, kernels=rates, op_seconds=small)
 
     def kernel(self, name: str) -> KernelRate:
         """How fast the kernels of a format are."""
