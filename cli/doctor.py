@@ -72,7 +72,7 @@ def doctor_text(facts: dict[str, Any]) -> str:
 def _profile_lines(profile: dict[str, Any] | None) -> dict[str, str]:
     """What `edgert plan` predicts speeds with."""
     if profile is None:
-        return {"profile": "not measured"}
+        return {"profile": "not measured; `edgert plan` with this model does so"}
     reads = (
         f"{format_bytes(r['request_bytes'])} x {r['readers']} {r['bytes_per_s'] / 1e9:.2f}"
         for r in profile["reads"]

@@ -223,6 +223,7 @@ def _disk(problem: _Problem, path: str | Path | None) -> Facts:
 
 def _profile(found: Facts, path: str | Path | None) -> Facts | None:
     """The device profile, measured again when memory or the disk no longer do what it says."""
+    from edgert.compiling import is_compiled
     from edgert.device_profile import drifted, load_profile, profile_path
     from edgert.opening import open_model
 
@@ -233,6 +234,8 @@ def _profile(found: Facts, path: str | Path | None) -> Facts | None:
         from edgert.profiling import ensure_profile
 
         opened, threads = open_model(path), found["threads"]["default"]
+        if not is_compiled(opened.kernel_set("f16")):  # half a minute: not what was asked for
+            return None
         kept = load_profile(opened.manifest.files, threads)
         stale = kept is not None and (
             drifted(kept.memory_bytes_per_s, memory) or drifted(kept.disk_bytes_per_s, disk)

@@ -20,7 +20,7 @@ __all__ = ["PASSES", "Rates", "fastest_pass", "large_requests", "rates_of", "tur
 PASSES = (512, 256, 128, 64, 32, 16, 8)  # tokens of a pass to choose from, best first where equal
 PROMPT, ANSWER = 384, 256
 LARGE = (2 * MIB, 6)  # request and readers for devices that need them
-USUAL = (MIB, 4)
+USUAL = (MIB, 6)
 CLEARLY = 1.5  # faster than noise: one short measurement of a rate is off by up to a fifth
 CAUTION = 0.5  # of the disk's rate: too long a pass costs memory for 1 % of a model, too short a
 # one on a disk that is throttled or shared costs the prompt twice its time

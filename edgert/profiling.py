@@ -7,9 +7,10 @@ good figures: whatever else the machine does is measured with it.
 
 from __future__ import annotations
 
-import threading
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -111,8 +112,7 @@ class _Bench:
 
     def machine(self, sample_bytes: int) -> DeviceProfile:
         """A profile without disk and kernels."""
-        self.reading.seconds()
-        memory = self.reading.nbytes / min(self.reading.seconds() for _ in range(_TRIALS))
+        memory = self.reading.nbytes / _seconds(self.reading)
         return DeviceProfile(
             threads=self.team.threads, measured_at=time.time(), direct=True,
             sample_bytes=sample_bytes, reads=(), busy_read_bytes_per_s=0.0,
@@ -144,26 +144,19 @@ class _Bench:
 
     def _busy(self, reads: Callable[[], float]) -> tuple[float, float]:
         """(bytes read a second from the disk, and from memory) with both at once."""
-        rate = 0.0
-
-        def work() -> None:
-            nonlocal rate
-            rate = reads()
-
-        reader = threading.Thread(target=work, name="edgert-busy")
-        reader.start()
-        begin, walks = time.perf_counter(), 0
-        while reader.is_alive():
-            self.team.run(self.reading.program)
-            walks += 1
-        seconds = time.perf_counter() - begin
-        reader.join()
-        return rate, walks * self.reading.nbytes / seconds
+        with ThreadPoolExecutor(1, "edgert-busy") as pool:
+            rate = pool.submit(reads)
+            begin, walks = time.perf_counter(), 0
+            while not rate.done():
+                self.team.run(self.reading.program)
+                walks += 1
+            seconds = time.perf_counter() - begin
+            return rate.result(), max(walks, 1) * self.reading.nbytes / seconds
 
     def kernels(self, profile: DeviceProfile, names: Sequence[str]) -> DeviceProfile:
-        """The profile with the best of what was and is now measured of formats and of small ops.
+        """The profile with the mean of what was and is now measured of formats.
 
-        Called twice, apart in time: a second in which the machine was busy elsewhere is not kept.
+        Called twice, apart in time: memory gives another rate from one second to the next.
         """
         rates = dict(profile.kernels)
         small = profile.op_seconds
@@ -171,11 +164,11 @@ class _Bench:
             now = self.kernel(name)
             before = rates.get(name, now)
             rates[name] = KernelRate(
-                max(before.token_bytes_per_s, now.token_bytes_per_s),
-                max(before.batch_macs_per_s, now.batch_macs_per_s),
-                max(before.repack_bytes_per_s, now.repack_bytes_per_s),
+                (before.token_bytes_per_s + now.token_bytes_per_s) / 2,
+                (before.batch_macs_per_s + now.batch_macs_per_s) / 2,
+                (before.repack_bytes_per_s + now.repack_bytes_per_s) / 2,
             )
-            small = min(small, _fastest(self.matrices.small_case(BY_NAME[name], _OPS)) / _OPS)
+            small = min(small, _seconds(self.matrices.small_case(BY_NAME[name], _OPS)) / _OPS)
         return replace(profile, kernels=rates, op_seconds=small)
 
     def kernel(self, name: str) -> KernelRate:
@@ -183,12 +176,12 @@ class _Bench:
         self.matrices.fill(BY_NAME[name])
         token, batch = self.matrices.limit_cases(BY_NAME[name])
         return KernelRate(
-            token_bytes_per_s=token.nbytes / _fastest(token),
-            batch_macs_per_s=batch.macs / _fastest(batch),
+            token_bytes_per_s=token.nbytes / _seconds(token),
+            batch_macs_per_s=batch.macs / _seconds(batch),
             repack_bytes_per_s=1e9 * self.matrices.repack(BY_NAME[name], _TRIALS).gb_s,
         )
 
 
-def _fastest(case: Case) -> float:
+def _seconds(case: Case) -> float:
     case.seconds()  # not counted: pages are touched
-    return min(case.seconds() for _ in range(_TRIALS))
+    return statistics.median(case.seconds() for _ in range(_TRIALS))
