@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
-    from edgert.forecast import Forecast, forecast, profile_device
+    from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, warmup
     from edgert.plan import Plan
@@ -98,7 +98,7 @@ _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
     "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
-    "Forecast": "edgert.forecast",
+    "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
@@ -112,11 +112,11 @@ _LAZY = {  # public name -> module that defines it
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
-    "forecast": "edgert.forecast",
+    "forecast": "edgert.forecasting",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "plan_model": "edgert.opening",
-    "profile_device": "edgert.forecast",
+    "profile_device": "edgert.forecasting",
     "read_gguf": "edgert.storage.gguf",
     "warmup": "edgert.opening",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from edgert import engine as engine_module
 from edgert.plan import Plan
 from edgert.prediction import TOKEN_SECONDS, Prediction, predict
 from edgert.units import GIB
+from tests.command import inside
 from tests.device import PROFILE, profile
 from tests.test_plan import MODELS, ends, manifest_of, plan
 from tests.tight import tight
@@ -135,3 +137,46 @@ def test_a_machine_that_was_never_profiled_predicts_nothing(
     with edgert.load(tiny_gguf, threads=2) as engine:
         assert engine.prediction is None
         assert engine.generate([1, 5, 9], max_tokens=2).stats.predicted_tok_s == 0.0
+
+
+# ------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A machine with `PROFILE`; the list says whether it can be kept."""
+    kept = [True]
+    monkeypatch.setattr("edgert.forecasting._profile", lambda *_: (PROFILE, kept[0]))
+    return kept
+
+
+def test_plan_predicts(tiny_gguf: Path, profiled: list[bool]) -> None:
+    text = inside("plan", tiny_gguf, "-b", "1GiB", "-c", 128, "-t", 2)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert re.search(r"^decode +[\d.e+]+ tok/s, limited by memory$", text.stdout, re.MULTILINE)
+    assert re.search(r"^prefill +[\d.e+]+ tok/s, 127 tokens in", text.stdout, re.MULTILINE)
+    assert re.search(r"^budget +resident +read a pass", text.stdout, re.MULTILINE)
+    run = inside("plan", tiny_gguf, "-b", "1GiB", "-c", 128, "-t", 2, "--json")
+    found = json.loads(run.stdout)
+    assert found["feasible"] and found["prediction"]["decode_tok_s"] > 0
+    budgets = [point["budget_bytes"] for point in found["curve"]]
+    assert budgets[0] == found["floor_bytes"] and budgets[-1] == found["full_bytes"]
+    assert len(budgets) == 8 and found["curve"][-1]["streamed_bytes"] == 0
+
+
+def test_a_profile_that_cannot_be_kept_is_said_only_to_who_asks(
+    tiny_gguf: Path, profiled: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    profiled[0] = False
+    with caplog.at_level("DEBUG", "edgert"):
+        assert inside("plan", tiny_gguf, "-b", "1GiB").stderr == ""
+    assert [r.message for r in caplog.records].count(
+        "the cache folder cannot be written: the machine is measured each time"
+    ) == 1
+
+
+def test_plan_draws_its_curve(tiny_gguf: Path, profiled: list[bool], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    assert inside("plan", tiny_gguf, "-b", "1GiB", "--plot", picture).returncode == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
