@@ -150,6 +150,9 @@ def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[s
         "trials": len(trials),
         "prefill_tok_s": median("prefill_tok_s"),
         "decode_tok_s": median("decode_tok_s"),
+        # None where `edgert plan` or `edgert doctor` never profiled this machine.
+        "predicted_decode_tok_s": trials[0].predicted_tok_s or None,
+        # What the device allows if nothing but reading took time; None when nothing is read.
         "roof_tok_s": statistics.median(roofs) if ratios else None,
         "share_of_roof": statistics.median(ratios) if ratios else None,
         "read_bytes_per_token": median("read_bytes_per_token"),

@@ -110,13 +110,17 @@ class ModelOptions:
 
         Raises `BudgetError` below the floor.
         """
-        return edgert.plan_model(
-            self.path,
-            memory_budget=self._budget if budget is None else budget,
-            context_length=self.context_length,
-            threads=self.threads,
-            kv_cache_type=self.kv_cache_type,
-        )
+        chosen = {} if budget is None else {"memory_budget": budget}
+        return edgert.plan_model(self.path, **self.for_plan() | chosen)
+
+    def for_plan(self) -> dict[str, Any]:
+        """The options that decide a plan, by their names in the API."""
+        return {
+            "memory_budget": self._budget,
+            "context_length": self.context_length,
+            "threads": self.threads,
+            "kv_cache_type": self.kv_cache_type,
+        }
 
     def full_and_floor(self) -> tuple[int, int]:
         """Bytes with all weights in memory, and the smallest budget that works."""
@@ -140,15 +144,7 @@ class ModelOptions:
         def show(what: str, done: int, total: int) -> None:
             progress.update(done, total, what)
 
-        return edgert.load(
-            self.path,
-            memory_budget=self._budget,
-            context_length=self.context_length,
-            threads=self.threads,
-            kv_cache_type=self.kv_cache_type,
-            on_progress=show,
-            **more,
-        )
+        return edgert.load(self.path, on_progress=show, **self.for_plan(), **more)
 
 
 def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> Budget | None:

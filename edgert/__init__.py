@@ -36,12 +36,15 @@ if TYPE_CHECKING:
     from edgert.attention_bench import bench_attention
     from edgert.bench_harness import KernelFigures
     from edgert.config import SamplingParams
+    from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, read_manifest, warmup
     from edgert.pack import pack_model
     from edgert.plan import Plan
+    from edgert.prediction import Prediction
     from edgert.pressure import follow_pressure
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
@@ -57,8 +60,10 @@ __all__ = [
     "CancelledError",
     "Completion",
     "ContextError",
+    "DeviceProfile",
     "EdgertError",
     "Engine",
+    "Forecast",
     "FormatError",
     "InputError",
     "KernelFigures",
@@ -66,6 +71,7 @@ __all__ = [
     "MemoryReport",
     "ModelError",
     "Plan",
+    "Prediction",
     "RunStats",
     "SamplingParams",
     "Session",
@@ -81,12 +87,14 @@ __all__ = [
     "bundled_model",
     "diagnose",
     "follow_pressure",
+    "forecast",
     "format_bytes",
     "load",
     "logits_hash",
     "pack_model",
     "parse_bytes",
     "plan_model",
+    "profile_device",
     "read_gguf",
     "read_manifest",
     "verify_pack",
@@ -97,11 +105,14 @@ __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
+    "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
+    "Prediction": "edgert.prediction",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
@@ -112,10 +123,12 @@ _LAZY = {  # public name -> module that defines it
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
     "follow_pressure": "edgert.pressure",
+    "forecast": "edgert.forecasting",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "pack_model": "edgert.pack",
     "plan_model": "edgert.opening",
+    "profile_device": "edgert.forecasting",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
     "verify_pack": "edgert.storage.pack_verify",

@@ -19,6 +19,7 @@ from edgert.accounting import memory_report
 from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
+from edgert.device_profile import load_profile, note_drift
 from edgert.elastic import Rooms, resized, rooms_of
 from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
 from edgert.forward import Forward
@@ -33,6 +34,7 @@ from edgert.opening import Opened, Progress
 from edgert.pages import cached_bytes
 from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
+from edgert.prediction import Prediction, predict
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.arena import Arena, promised_bytes
@@ -73,6 +75,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
+        self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
@@ -94,6 +97,7 @@ class Engine:
             self._held.append(self.weights.close)
             self._timeline, self._manifest = timeline, opened.manifest
             self._open(need, on_progress)
+            self.prediction = self._predict()
         except BaseException:
             self.close()
             raise
@@ -153,6 +157,16 @@ class Engine:
             self._timeline.describe(program, self._manifest, plan.total_bytes)
             self._team.streams[rows.S_TIMELINE] = self._timeline.address
 
+    def _predict(self) -> Prediction | None:
+        """What the plan will do, if the machine was profiled, at the rate last measured."""
+        rate = self.device_bytes_per_s
+        profile = load_profile(self._files, self.plan.threads)
+        if profile is None:
+            return None
+        if rate:
+            note_drift(profile, self._files, rate)
+        return predict(self.plan, self.spec, self._manifest, profile, device_bytes_per_s=rate)
+
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
         plan = self.plan
@@ -202,6 +216,7 @@ class Engine:
         """
         self._check_open()
         self.device_bytes_per_s = self.forward.measure_device(seconds)
+        self.prediction = self._predict()
         return self.device_bytes_per_s
 
     def memory(self) -> MemoryReport:
@@ -245,6 +260,7 @@ class Engine:
             except BaseException:
                 stop.set()
                 raise
+            self.prediction = self._predict()
         return self.plan
 
     def smallest_budget(self) -> int:

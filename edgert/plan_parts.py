@@ -78,6 +78,7 @@ class Need:
     inputs: Inputs
     tiles: tuple[TilePlan, ...]
     tile_bytes: int  # of all of them
+    weights: int  # number of weights in them
     experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
     threads: int
     kv_cache_type: str
@@ -146,7 +147,8 @@ def need_of(
     row = embedding.format.row_bytes(embedding.shape[1])
     return Need(
         spec=spec, needs=needs, inputs=inputs_of(_by_role(needs, manifest, spec), quantized),
-        tiles=tuple(tiles), tile_bytes=sum(t.nbytes for t in tiles), experts=experts,
+        tiles=tuple(tiles), tile_bytes=sum(t.nbytes for t in tiles),
+        weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
         slot_bytes=align_up(max(t.nbytes for t in tiles), ALIGNMENT),
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,

@@ -43,6 +43,7 @@ class RunStats:
     read_bytes_per_token: float  # while decoding
     read_bytes_per_s: float  # while decoding
     device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
+    predicted_tok_s: float  # of decoding, from the device profile; 0 when unknown
     stall_share: float  # of decode time that compute waited for weights
     resident_bytes: int  # weights in memory
     peak_bytes: int  # of the whole process

@@ -24,8 +24,11 @@ PROCESS = 100 * MIB
 
 @contextmanager
 def fixed_process(nbytes: int = PROCESS) -> Iterator[None]:
-    """Within it, plans count `nbytes` for the process."""
-    with mock.patch("edgert.loading.process_bytes", lambda opened, *, measured: nbytes):
+    """Within it, plans count `nbytes` for the process, on a machine that was never profiled."""
+    with (
+        mock.patch("edgert.loading.process_bytes", lambda opened, *, measured: nbytes),
+        mock.patch("edgert.loading.load_profile", lambda files, threads: None),
+    ):
         yield
 
 
