@@ -52,8 +52,7 @@ class Shape:
 
 
 # From comfortable to frugal. Direct reads reach the device's rate from 256 KiB on; larger tiles
-# cost fewer hand-overs. Six readers read and repack in
-# turn: 91-93 % of the disk's rate where four reached 74-84 % (1.8 GB in 600 MiB, disk at 1 GB/s).
+# cost fewer hand-overs. Of six threads four read and two repack (storage/README.md).
 _SHAPES = (
     Shape(256, 12, 2 * MIB, 6), Shape(128, 12, 2 * MIB, 6), Shape(64, 12, MIB, 4),
     Shape(32, 12, MIB // 2, 4), Shape(16, 8, MIB // 4, 4), Shape(8, 6, MIB // 4, 3),
