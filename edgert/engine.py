@@ -201,6 +201,11 @@ class Engine:
         self.prediction = self._predict()
         return self.device_bytes_per_s
 
+    @property
+    def predicted_tok_s(self) -> float:
+        """Decode speed to expect at the device's rate last measured; 0 without a device profile."""
+        return self.prediction.decode_tok_s if self.prediction else 0.0
+
     def memory(self) -> MemoryReport:
         """Planned against real memory, region by region and as the system counts it; any time."""
         self._check_open()
