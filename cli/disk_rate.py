@@ -38,9 +38,10 @@ def main(arguments: list[str]) -> None:
     places = max(os.fstat(fd).st_size // _REQUEST, 1)
     stride = max(int(places * 0.618), 1)  # far apart, so that nothing reads ahead for us
     lock, counted, read, ended = threading.Lock(), [0], [0], threading.Event()
+    memory = memoryview(_huge_pages(_THREADS * _REQUEST))
 
-    def work() -> None:
-        buffer = mmap.mmap(-1, _REQUEST)
+    def work(thread: int) -> None:
+        buffer = memory[thread * _REQUEST : (thread + 1) * _REQUEST]
         while not ended.is_set():
             with lock:
                 counted[0] += 1
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
             with lock:
                 read[0] += got
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(_THREADS)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(_THREADS)]
     for thread in threads:
         thread.start()
     time.sleep(_WARM_SECONDS)
@@ -62,6 +63,18 @@ def main(arguments: list[str]) -> None:
     for thread in threads:
         thread.join()
     print(int(slope(looks)))
+
+
+def _huge_pages(nbytes: int) -> mmap.mmap:
+    """Memory as the engine has it: requests into 4 KiB pages reached half the rate, 0.9 of 1.9 GB/s.
+
+    Private, as shared memory has no huge pages by default; zeroed here, so that no read has to.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.write(bytes(nbytes))
+    return memory
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

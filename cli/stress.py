@@ -172,9 +172,9 @@ def stress(
     a run with all weights in memory gives. The options with lists are combined.
 
     \b
-    edgert stress                                   a quick check, with the bundled model
-    edgert stress A.gguf B.gguf --runs 200 ...      many runs (README.md has the whole command)
-    edgert stress A.gguf --budgets 2GiB,3GiB --disk-rate 1000MB --baseline llamacpp
+    edgert stress                               a quick check, bundled model
+    edgert stress A.gguf B.gguf --runs 200 ...  many runs (README.md has them)
+    edgert stress A.gguf --disk-rate 1000MB --baseline llamacpp
 
     The verdict is the first line of the output. Exit code 6: a run needed more than its budget;
     1: something else went wrong. Without control groups memory is sampled, and the verdict says so.

@@ -20,7 +20,8 @@ __all__ = ["PASSES", "Rates", "fastest_pass", "large_requests", "rates_of", "tur
 PASSES = (512, 256, 128, 64, 32, 16, 8)  # tokens of a pass to choose from, best first where equal
 PROMPT, ANSWER = 384, 256
 LARGE = (2 * MIB, 6)  # request and readers for devices that need them
-USUAL = (MIB, 6)
+USUAL = (3 * MIB // 2, 6)
+_SMALLER = (MIB, 6)  # than `USUAL`, what a profile has measured
 CLEARLY = 1.5  # faster than noise: one short measurement of a rate is off by up to a fifth
 CAUTION = 0.5  # of the disk's rate: too long a pass costs memory for 1 % of a model, too short a
 # one on a disk that is throttled or shared costs the prompt twice its time
@@ -70,8 +71,8 @@ def fastest_pass(
 
 
 def large_requests(profile: DeviceProfile | None) -> bool:
-    """True for a device that reads clearly faster with `LARGE` requests than with `USUAL` ones."""
+    """True for a device that reads clearly faster with `LARGE` requests than with smaller ones."""
     if profile is None:
         return False
     rates = {(r.request_bytes, r.readers): r.bytes_per_s for r in profile.reads}
-    return rates.get(LARGE, 0.0) > CLEARLY * rates.get(USUAL, float("inf"))
+    return rates.get(LARGE, 0.0) > CLEARLY * rates.get(_SMALLER, float("inf"))

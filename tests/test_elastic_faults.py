@@ -86,7 +86,7 @@ def test_without_spare_addresses_the_budget_stays(
             raise EdgertError("no addresses")
         return Arena(nbytes)
 
-    monkeypatch.setattr("edgert.engine.Arena", arena)
+    monkeypatch.setattr("edgert.elastic_arena.Arena", arena)
     with tight(tiny_gguf, 200 * KIB) as engine:
         assert answer(engine) == expected(tiny_gguf)[1]
         with pytest.raises(EdgertError, match="no addresses for a budget that changes"):

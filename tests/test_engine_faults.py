@@ -257,7 +257,7 @@ def test_every_piece_of_memory_that_is_not_granted_lets_go_of_the_rest(
             arenas.append(FailingArena(nbytes, number, spare))
             return arenas[-1]
 
-        monkeypatch.setattr("edgert.engine.Arena", arena)
+        monkeypatch.setattr("edgert.elastic_arena.Arena", arena)
         try:
             with tight(model, 0, backend=faulty):
                 break

@@ -100,7 +100,7 @@ def test_a_device_that_wants_large_requests_gets_them() -> None:
         plan_memory(EIGHT_B, manifest_of("8b"), wanted, PROCESS, NEEDS, p)
         for p in (profile(), profile(reads=slow))
     )
-    assert (usual.tile_bytes, large.tile_bytes) == (MIB, 2 * MIB)
+    assert (usual.tile_bytes, large.tile_bytes) == (3 * MIB // 2, 2 * MIB)
     assert large.reader_threads == LARGE[1]
 
 
