@@ -217,7 +217,8 @@ def _add_sink(record: int, width: int, sink: float) -> float:
         st_f32x16(record + i, vmul(ld_f32x16(record + i), correction))
     st_f32x16(record + 4 * width, exp2_16(vsub(sinks, both)))
     weights = vmul(ld_f32x16(record + 4 * width + VECTOR), correction)
-    return reduce_add(weights) + ld_f32(record + 4 * width)
+    divisor: float = reduce_add(weights) + ld_f32(record + 4 * width)
+    return divisor
 
 
 @inline
@@ -300,9 +301,7 @@ def _attend_tile(
 
 
 @inline
-def _merge_parts(
-    op: int, scratch: int, shared: int, begin: int, stop: int, partials: int
-) -> None:
+def _merge_parts(op: int, scratch: int, shared: int, begin: int, stop: int, partials: int) -> None:
     """Merge the records of spans `begin` to `stop` - 1 of one token, in order."""
     width = ld_i64(op + _WIDTH)
     each = ld_i64(op + _QUERY_BYTES)

@@ -249,9 +249,7 @@ def test_a_context_cut_into_parts_gives_the_same_bits(
             assert np.array_equal(out.reshape(expected.shape), expected), parts
         assert not partials[: n_kv * 64].any() and (partials[size:] == 0xFF).all()
         chunk = attention(random_queries(9, n_heads, D), keys, values, position - 8, 0.2)
-        cut = attention(
-            random_queries(9, n_heads, D), keys, values, position - 8, 0.2, parts=parts
-        )
+        cut = attention(random_queries(9, n_heads, D), keys, values, position - 8, 0.2, parts=parts)
         assert np.array_equal(chunk, cut)
 
 
