@@ -26,6 +26,7 @@ import numpy.typing as npt
 from edgert.errors import InputError
 from edgert.kernels_cpu import abi
 from edgert.kernels_cpu.abi import N_TOKENS, POSITION
+from edgert.kernels_cpu.atomic import atomic_add, store_int
 from edgert.kernels_cpu.attention_block import (
     SCORES,
     VECTOR,
@@ -36,7 +37,6 @@ from edgert.kernels_cpu.attention_block import (
     record_bytes,
     reset_record,
 )
-from edgert.kernels_cpu.atomic import atomic_add, store_int
 from edgert.kernels_cpu.attention_ref import NATURAL, NO_WINDOW, SPAN
 from edgert.kernels_cpu.jit import Kernel, inline, kernel, void
 from edgert.kernels_cpu.kv_cache import BLOCK, LANES, KvLayout
