@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,6 +76,10 @@ def answer(
     found.stats = session.last_stats
     if not silent and not found.text.endswith("\n"):
         click.echo()
+    if not silent and found.stats and engine.is_streamed and found.finish_reason != "cancelled":
+        if not engine.device_bytes_per_s:
+            engine.measure_device()  # once, and behind the text: nobody waits for it
+        found.stats = replace(found.stats, device_bytes_per_s=engine.device_bytes_per_s)
     return found
 
 

@@ -1,11 +1,12 @@
 """`edgert bench`: a model, the same model in llama.cpp, or the kernels alone.
 
-Owns: the options. What is measured, and how, is in bench_model.py, bench_baseline.py and
-bench_kernels.py.
+Owns: the options. What is measured, and how, is in bench_model.py, bench_baseline.py,
+bench_speculation.py and bench_kernels.py.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -88,6 +89,17 @@ def _model_was_typed() -> bool:
     is_flag=True,
     help="Measure attention by context length instead of a model.",
 )
+@click.option(
+    "--speculate",
+    is_flag=True,
+    help="Measure decoding with guessed tokens and without, turn by turn.",
+)
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The text that --speculate continues; by default one that repeats, and one that does not.",
+)
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 @debug_options
@@ -98,6 +110,8 @@ def bench(
     kernels: bool,
     attention: bool,
     formats: str | None,
+    speculate: bool,
+    prompt_file: Path | None,
     as_csv: bool,
     as_json: bool,
     **sizes: Any,
@@ -110,8 +124,10 @@ def bench(
     """
     if baseline_python is not None and baseline is None:
         raise click.UsageError("--baseline-python needs --baseline llamacpp")
-    if kernels + attention + (baseline is not None) > 1:
-        raise click.UsageError("give one of --kernels, --attention and --baseline")
+    if kernels + attention + speculate + (baseline is not None) > 1:
+        raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
+    if prompt_file is not None and not speculate:
+        raise click.UsageError("--prompt-file needs --speculate")
     if (kernels or attention) and _model_was_typed():
         raise click.UsageError("--kernels and --attention measure without a model")
     if formats is not None and not kernels:
@@ -137,6 +153,12 @@ def bench(
 
             found = compare(options, Sizes(**sizes), baseline_python, progress)
             rows, text = found["rows"], comparison_text
+        elif speculate:
+            from edgert.cli.bench_model import Sizes
+            from edgert.cli.bench_speculation import bench_speculation, speculation_text
+
+            found = bench_speculation(options, Sizes(**sizes), prompt_file, progress)
+            rows, text = found["rows"], speculation_text
         else:
             from edgert.cli.bench_model import Sizes, bench_model, model_text
 

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,11 +86,20 @@ def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict
 
 
 def _trial(engine: Engine, prompt: list[int], gen_tokens: int, progress: Progress) -> Answer:
-    """One run with an empty KV cache; tokens that would end the text are banned."""
+    """One run with an empty KV cache; tokens that would end the text are banned.
+
+    The device is measured before and after it, because shared disks drift: the mean counts.
+    """
     _forget(engine, prompt)
+    before = engine.measure_device() if engine.is_streamed else 0.0
     banned = {token: -math.inf for token in engine.tokenizer.eos_ids}
     sampling = {"max_tokens": gen_tokens, "temperature": 0.0, "seed": 0, "logit_bias": banned}
-    return answer(engine, prompt, sampling, progress, silent=True)
+    sampling |= {"speculate": False}  # the text repeats itself
+    run = answer(engine, prompt, sampling, progress, silent=True)
+    if engine.is_streamed and run.stats is not None:
+        rate = (before + engine.measure_device()) / 2
+        run.stats = replace(run.stats, device_bytes_per_s=rate)
+    return run
 
 
 def _forget(engine: Engine, prompt: list[int]) -> None:
@@ -123,8 +132,11 @@ def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[s
         return float(statistics.median(getattr(trial, name) for trial in trials))
 
     plan = engine.plan
-    device = median("device_bytes_per_s")
-    read = median("read_bytes_per_token")
+    # What the device allows if nothing but reading took time; None when nothing is read.
+    per_token = [plan.streamed_bytes or trial.read_bytes_per_token or 1 for trial in trials]
+    roofs = [t.device_bytes_per_s / nbytes for t, nbytes in zip(trials, per_token, strict=True)]
+    ratios = [t.decode_tok_s / roof for t, roof in zip(trials, roofs, strict=True) if roof]
+    shares = [t.read_bytes_per_s / t.device_bytes_per_s for t in trials if t.device_bytes_per_s]
     return {
         "model": options.path.name,
         "machine": f"{platform.machine()} {platform.system()}",
@@ -136,11 +148,12 @@ def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[s
         "trials": len(trials),
         "prefill_tok_s": median("prefill_tok_s"),
         "decode_tok_s": median("decode_tok_s"),
-        # What the device allows if nothing but reading took time; None when nothing is read.
-        "predicted_decode_tok_s": device / read if device and read else None,
-        "read_bytes_per_token": read,
+        "roof_tok_s": statistics.median(roofs) if ratios else None,
+        "share_of_roof": statistics.median(ratios) if ratios else None,
+        "read_bytes_per_token": median("read_bytes_per_token"),
         "read_bytes_per_s": median("read_bytes_per_s"),
-        "device_bytes_per_s": device,
+        "device_bytes_per_s": median("device_bytes_per_s"),
+        "share_of_device": statistics.median(shares) if shares else None,
         "stall_share": median("stall_share"),
         "resident_bytes": max(trial.resident_bytes for trial in trials),
         "peak_bytes": max(trial.peak_bytes for trial in trials),
@@ -157,16 +170,19 @@ def _one_hash(trials: list[RunStats]) -> str:
 
 def model_text(found: dict[str, Any]) -> str:
     """`bench_model`'s object for people."""
-    device = found["device_bytes_per_s"]
-    share = f"{100 * found['read_bytes_per_s'] / device:.0f} %" if device else "-"
-    predicted = found["predicted_decode_tok_s"]
+
+    def percent(name: str) -> str:
+        return "-" if found[name] is None else f"{100 * found[name]:.0f} %"
+
+    roof, device = found["roof_tok_s"], found["device_bytes_per_s"]
     columns = {
         "model": found["model"],
         "threads": str(found["threads"]),
         "budget": format_bytes(found["budget_bytes"]),
         "prefill tok/s": f"{found['prefill_tok_s']:.1f}",
         "decode tok/s": f"{found['decode_tok_s']:.2f}",
-        "predicted": "-" if predicted is None else f"{predicted:.2f}",
+        "roof": "-" if roof is None else f"{roof:.2f}",
+        "of roof": percent("share_of_roof"),
         **{
             f"batch {key.split('_')[1]}": f"{value:.1f}"
             for key, value in found.items()
@@ -174,7 +190,8 @@ def model_text(found: dict[str, Any]) -> str:
         },
         "MiB/tok": f"{found['read_bytes_per_token'] / 2**20:.1f}",
         "GB/s": f"{found['read_bytes_per_s'] / 1e9:.2f}",
-        "of device": share,
+        "device": f"{device / 1e9:.2f}" if device else "-",
+        "of device": percent("share_of_device"),
         "stall": f"{100 * found['stall_share']:.0f} %",
         "peak": format_bytes(found["peak_bytes"]),
         "cache": found["file_cache"],

@@ -191,6 +191,17 @@ SAMPLING: dict[str, tuple[tuple[str, ...], click.ParamType[Any], str]] = {
         click.IntRange(min=-1, max=2**63 - 1),
         "Seed of the sampler; -1 draws one, and the last line prints it.",
     ),
+    "speculate": (
+        ("--speculate/--no-speculate",),
+        click.BOOL,
+        "Guess tokens from the text so far and verify several in a pass, where that is faster; "
+        "the same tokens either way. On by default.",
+    ),
+    "draft_max": (
+        ("--draft-max", "--draft"),
+        click.IntRange(0, 63),
+        "Most tokens to guess at once; 15 by default, 0 is --no-speculate.",
+    ),
 }
 
 
@@ -219,7 +230,7 @@ def sampling_options(function: F) -> F:
         help="End the answer before this text; may be given several times.",
     )(wrapper)
     for name, (flags, kind, text) in reversed(SAMPLING.items()):
-        decorated = _option(*flags, name, type=kind, help=text)(decorated)
+        decorated = _option(*flags, name, type=kind, default=None, help=text)(decorated)
     return cast(F, decorated)
 
 

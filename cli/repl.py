@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert import EdgertError, __version__, format_bytes
+from edgert import EdgertError, __version__, follow_pressure, format_bytes
 from edgert.cli.answer import Answer, answer
 from edgert.cli.options import SAMPLING, ModelOptions
 from edgert.cli.progress import Progress
@@ -36,6 +37,7 @@ _HELP = '''\
 /show template                 the model's chat template
 /stats                         the figures of the last answer
 /budget                        memory promised and memory used
+/budget SIZE                   another budget from now on: 600MiB, 50%
 /exit, /bye                    leave (Ctrl-D too)
 """                            starts and ends a text of several lines
 Ctrl-C                         stops the answer and keeps the conversation'''
@@ -56,6 +58,7 @@ def converse(
     system: str | None,
     history: bool,
     quiet: bool,
+    adaptive: bool = False,
 ) -> None:
     """Load the model and talk until the user leaves."""
     read = line_reader(history)
@@ -66,7 +69,8 @@ def converse(
         talk = Conversation(
             engine, options, sampling, progress, chat=chat, system=system, quiet=quiet
         )
-        code = talk.loop(read)
+        with follow_pressure(engine) if adaptive else nullcontext():
+            code = talk.loop(read)
     click.get_current_context().exit(code)
 
 
@@ -237,7 +241,9 @@ class Conversation:
     def _stats(self, _: str) -> None:
         note(stats_line(self.last.stats) if self.last and self.last.stats else "nothing yet")
 
-    def _budget(self, _: str) -> None:
+    def _budget(self, size: str) -> None:
+        if size:
+            self.engine.set_memory_budget(size)
         memory = self.engine.memory()
         note(
             f"budget {format_bytes(memory.budget_bytes)}, planned "

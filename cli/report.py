@@ -29,8 +29,8 @@ def stats_line(stats: RunStats) -> str:
     """One line for people: speed, reading, memory, and the hash that pins the numbers.
 
     `# 128 tok  prefill 41.2  decode 7.9 tok/s  read 312.0 MiB/tok  2.41 GB/s (86 % of device)
-    stall 18 %  peak 498.0 MiB  seed 7  #5c1e09af` (on one line). What was not read or not measured
-    is left out.
+    stall 18 %  guessed 61 of 80  peak 498.0 MiB  seed 7  #5c1e09af` (on one line). What was not
+    read, guessed or measured is left out.
     """
     parts = [
         f"# {stats.generated_tokens} tok",
@@ -46,6 +46,8 @@ def stats_line(stats: RunStats) -> str:
             speed,
             f"stall {100 * stats.stall_share:.0f} %",
         ]
+    if stats.drafted_tokens:
+        parts.append(f"guessed {stats.accepted_tokens} of {stats.drafted_tokens}")
     parts += [
         f"peak {format_bytes(stats.peak_bytes)}",
         f"seed {stats.seed}",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgert import InputError
+from edgert import InputError, follow_pressure
 from edgert.cli.answer import Answer, answer
 from edgert.cli.options import (
     ModelOptions,
@@ -41,6 +42,7 @@ class _Request:
     quiet: bool
     history: bool
     display_prompt: bool | None
+    adaptive: bool
 
 
 def _prompt_options(function: Any) -> Any:
@@ -50,6 +52,11 @@ def _prompt_options(function: Any) -> Any:
             default=None,
             help="Print the text that is continued before its continuation; the default in a "
             "terminal, and not when stdout goes elsewhere.",
+        ),
+        click.option(
+            "--adaptive",
+            is_flag=True,
+            help="Give memory back when others need it, and take it again later, up to the budget.",
         ),
         click.option("--no-history", is_flag=True, help="Do not keep what is typed."),
         click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
@@ -124,6 +131,7 @@ def _main(
             system=request.system,
             history=request.history,
             quiet=request.quiet,
+            adaptive=request.adaptive,
         )
         return
     if chat and not prompt.strip():
@@ -133,15 +141,17 @@ def _main(
         if not chat:
             raise InputError("--system-prompt needs a conversation: use `edgert chat`")
         messages.insert(0, {"role": "system", "content": request.system})
+    opening = prompt if not chat and _display(request) else ""
     with Progress() as progress, options.load(progress) as engine:
-        found = answer(
-            engine,
-            messages if chat else prompt,
-            sampling,
-            progress,
-            opening=prompt if not chat and _display(request) else "",
-            silent=request.as_json,
-        )
+        with follow_pressure(engine) if request.adaptive else nullcontext():
+            found = answer(
+                engine,
+                messages if chat else prompt,
+                sampling,
+                progress,
+                opening=opening,
+                silent=request.as_json,
+            )
     _finish(options, request, found)
 
 

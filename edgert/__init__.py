@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, warmup
     from edgert.plan import Plan
+    from edgert.pressure import follow_pressure
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
@@ -75,6 +76,7 @@ __all__ = [
     "bench_kernels",
     "bundled_model",
     "diagnose",
+    "follow_pressure",
     "format_bytes",
     "load",
     "logits_hash",
@@ -101,6 +103,7 @@ _LAZY = {  # public name -> module that defines it
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
+    "follow_pressure": "edgert.pressure",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "plan_model": "edgert.opening",

@@ -5,10 +5,15 @@ Owns: sizes, shares and the default. Must not know how a budget is spent.
 
 from __future__ import annotations
 
+import logging
+
 from edgert.errors import InputError
+from edgert.machine import cgroup_limit_bytes
 from edgert.units import parse_bytes
 
-__all__ = ["resolve_budget"]
+__all__ = ["resolve_budget", "within_cgroup"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def resolve_budget(asked: int | str | None, full_bytes: int, available: int) -> int:
@@ -26,6 +31,18 @@ def resolve_budget(asked: int | str | None, full_bytes: int, available: int) -> 
     if nbytes < 1:
         raise InputError(f"a memory budget of {asked} is not a size; give one like 1.5GiB or 50%")
     return nbytes
+
+
+def within_cgroup(budget: int) -> int:
+    """The budget, or the limit of the enclosing cgroup with a warning where that is smaller."""
+    limit = cgroup_limit_bytes()
+    if limit is None or budget < limit + 4096:  # limits are whole pages
+        return budget
+    asked, granted = budget / 2**20, limit / 2**20
+    _LOG.warning(
+        "the cgroup's limit of %.1f MiB counts, not the budget of %.1f MiB", granted, asked
+    )
+    return limit
 
 
 def _share(text: str) -> float:

@@ -6,21 +6,25 @@ know how a pass is computed (forward.py) or how text is made (session.py).
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
-from edgert.config import SamplingParams
-from edgert.errors import EdgertError, InputError
+from edgert.config import LoadOptions, SamplingParams
+from edgert.elastic import Rooms, resized, rooms_of
+from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
 from edgert.forward import Forward
 from edgert.kernels_cpu.kv_cache import KvLayout
-from edgert.kernels_cpu.program import Rows
+from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
-from edgert.machine import peak_bytes, resident_bytes, trim_heap
+from edgert.machine import available_bytes, peak_bytes, resident_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
@@ -28,7 +32,7 @@ from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
-from edgert.storage.arena import Arena
+from edgert.storage.arena import Arena, promised_bytes
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
 from edgert.tokenizer import Tokenizer
@@ -38,11 +42,12 @@ from edgert.weights import Weights
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
-_RATE_SECONDS = 0.25  # long enough for a stable rate, short beside opening a streamed model
+_resizing = threading.Lock()  # one change at a time in the process: each counts the others' memory
+_RATE_SECONDS = 0.25  # long enough for a rate within some 5 %
 
 
 class Engine:
-    """A loaded model. Immutable but for its KV cache, which it shares among sessions.
+    """A loaded model. Immutable but for its budget, and its KV cache, shared among sessions.
 
     Any thread may call any method: forward passes run one at a time, in the order they come, and
     each pass of each caller gets the bits it would get alone. `close` ends it; so does `with`.
@@ -62,25 +67,39 @@ class Engine:
         self.path = opened.path
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
-        self.device_bytes_per_s = 0.0
+        self.device_bytes_per_s = 0.0  # until `measure_device`
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
         self._closed = False
         self._closing = threading.Lock()
-        need = need_of(
+        need = self._need = need_of(
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
         try:
-            self._arena = Arena(_arena_bytes(plan))
-            self._held.append(self._arena.close)
-            self.weights = Weights(backend, opened.manifest, need, plan, self._arena)
+            rooms = self._take_arena(plan, need)
+            self.weights = Weights(backend, opened.manifest, need, plan, self._arena, rooms)
             self._held.append(self.weights.close)
             self._open(need, on_progress)
         except BaseException:
             self.close()
             raise
+
+    def _take_arena(self, plan: Plan, need: Need) -> Rooms | None:
+        """The one allocation, with addresses for other budgets where the system has them."""
+        nbytes = _arena_bytes(plan)
+        self._others_bytes = promised_bytes()  # part of the plan's process
+        rooms: Rooms | None = rooms_of(plan, need) if sys.platform != "win32" else None
+        try:
+            self._arena = Arena(nbytes, rooms.total if rooms else 0)
+        except EdgertError:
+            if rooms is None:
+                raise
+            rooms, self._arena = None, Arena(nbytes)
+        self._held.append(self._arena.close)
+        self._opened_plan = plan if rooms else None
+        return rooms
 
     def _open(self, need: Need, on_progress: Progress | None) -> None:
         plan, spec = self.plan, self.spec
@@ -94,9 +113,6 @@ class Engine:
         self._arena.seal()
         self._team = ThreadTeam(plan.threads)
         self._held.append(self._team.close)
-        if plan.streamed_bytes or plan.expert_slots < len(need.experts) * spec.num_experts:
-            # Before any reader thread runs: the rate must be that of the idle device.
-            self.device_bytes_per_s = self.weights.measure_device(_RATE_SECONDS)
         self.weights.open(
             None if on_progress is None else lambda done, total: on_progress("load", done, total)
         )
@@ -104,17 +120,21 @@ class Engine:
         table.view(np.float32).reshape(table_shape)[:] = rope_table(
             spec.rope_theta, spec.rope_dim, 1 / spec.rope_scale, factors, plan.context_length
         )
-        graph = Graph(
+        self._graph = Graph(
             spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
             int(table.ctypes.data), plan.threads,
         )  # fmt: skip
-        program, self._inner_rows = build_program(graph, self.weights)
-        self.weights.describe(self._team.streams, {n: r.address for n, (r, _) in buffers.items()})
+        program, self._inner_rows = build_program(self._graph, self.weights)
+        self._describe()
         self.forward = Forward(
             plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
         )
         self._held.append(self.forward.close)
         trim_heap()
+
+    def _describe(self) -> None:
+        addresses = {name: rows.address for name, rows in self._graph.buffers.items()}
+        self.weights.describe(self._team.streams, addresses)
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
@@ -149,10 +169,92 @@ class Engine:
         """The file's own chat template, or None."""
         return self.tokenizer.chat_template
 
+    @property
+    def is_streamed(self) -> bool:
+        """True when weights are read from flash while tokens are computed."""
+        return self.weights.streamer is not None or (
+            self.weights.experts is not None
+            and self.plan.expert_slots < self.spec.num_hidden_layers * self.spec.num_experts
+        )
+
+    def measure_device(self, seconds: float = _RATE_SECONDS) -> float:
+        """Bytes per second of direct reads by the reader threads while nothing else is done.
+
+        Between two generations; `device_bytes_per_s` is the last figure. Not part of loading: it
+        would delay the first token by as long as it takes. Raises `StorageError`.
+        """
+        self._check_open()
+        self.device_bytes_per_s = self.forward.measure_device(seconds)
+        return self.device_bytes_per_s
+
     def memory(self) -> MemoryReport:
         """Planned against real memory of the process."""
         regions = {r.name: r.nbytes for r in self.plan.regions}
         return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
+
+    def set_memory_budget(self, budget: int | str | None) -> Plan:
+        """Give memory back, or take more, while the engine goes on; no bit of any output changes.
+
+        `budget`: as for `load`, "50%" being of the same whole; above the limit of the cgroup it is
+        that limit. Any thread may call it, also between the tokens of a stream. A smaller budget
+        stops the pass under way, which begins again after it; a larger one waits for its end and
+        then reads what becomes resident. When this returns the new plan, memory has been given
+        back or is in use. Context length and the most tokens of a pass stay as they are. Other
+        engines of the process are part of every budget, with all they may use at that moment, and
+        stay as they are.
+
+        Raises `BudgetError` with the smallest budget that this engine can come down to,
+        `InputError`, `StorageError` when what becomes resident cannot be read: the budget then
+        stays what it was.
+        """
+        self._check_open()
+        LoadOptions(memory_budget=budget)  # refuses what is no size
+        nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, available_bytes()))
+        stop = threading.Event()
+        with _resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
+            self._check_open()  # the arena is gone with it
+            plan = self._plan_for(nbytes)
+            # In a thread of its own, so that Ctrl-C never tears it: it ends the reading instead.
+            done = worker.submit(self._resize, plan, stop)
+            try:
+                done.result()
+            except OSError as error:  # no pipe or thread for a ring
+                raise EdgertError(f"the memory budget stays as it was: {error}") from error
+            except BaseException:
+                stop.set()
+                raise
+        return self.plan
+
+    def smallest_budget(self) -> int:
+        """The smallest budget in bytes that `set_memory_budget` can come down to now."""
+        try:
+            return self._plan_for(1).total_bytes
+        except BudgetError as error:
+            return error.need_bytes
+
+    def _plan_for(self, nbytes: int) -> Plan:
+        if self._opened_plan is None:
+            raise EdgertError(
+                "the system gave no addresses for a budget that changes; load the model again"
+            )
+        others = promised_bytes() - self._arena.nbytes - self._others_bytes
+        return resized(self._opened_plan, self._need, nbytes, others=others)
+
+    def _resize(self, plan: Plan, stop: threading.Event) -> None:
+        def on_read(_done: int, _total: int) -> None:
+            self.forward.check_open()
+            if stop.is_set():
+                raise CancelledError
+
+        def make() -> tuple[Plan, Program]:
+            program, inner = build_program(self._graph, self.weights.under(plan))
+            self.weights.resize(plan, on_read)
+            self._describe()
+            self.plan, self._inner_rows = plan, inner
+            return plan, program
+
+        self.forward.change(make, at_once=_arena_bytes(plan) < _arena_bytes(self.plan))
+        trim_heap()
 
     def __repr__(self) -> str:
         return f"Engine({self.path.name}, {self.spec.architecture}, {self.plan.budget_bytes} bytes)"
@@ -173,7 +275,7 @@ class Engine:
         The same bits at any budget, thread count and chunk size. Raises `ContextError`.
         """
         self._check_open()
-        return self.forward.evaluate(list(tokens), self.vocab_size, every=True)
+        return self.forward.evaluate(list(tokens), self.vocab_size, last=len(tokens))
 
     # ---- text ----------------------------------------------------------------------------------
 
@@ -200,8 +302,9 @@ class Engine:
         Options: `max_tokens` (None: until the text ends or the context is full), `temperature`,
         `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`, `presence_penalty`,
         `frequency_penalty`, `logit_bias`, `seed` (None draws one), `stop` (a text or several),
-        `on_prefill(done, total)`. Defaults are the model's own (`general.sampling.*`), else
-        llama.cpp's.
+        `on_prefill(done, total)`; `speculate` (True) guesses tokens from what was said before and
+        verifies up to `draft_max` of them in a pass where that is faster: the same tokens, sooner.
+        Defaults are the model's own (`general.sampling.*`), else llama.cpp's.
 
         Returns a `Completion`, or with `stream` an iterator of `TokenEvent`; closing it ends the
         generation. Raises `ContextError`, `InputError`, `StorageError`.
@@ -256,6 +359,8 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         on_prefill: Callable[[int, int], object] | None = None,
+        speculate: bool = True,
+        draft_max: int = 15,
         **sampling: Any,
     ) -> GenerationOptions:
         """Checked options of one generation. Raises `InputError` naming what is wrong."""
@@ -264,7 +369,7 @@ class Engine:
         except TypeError as error:
             raise InputError(f"generate: {error}") from None
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return GenerationOptions(params, max_tokens, seed, stops, on_prefill)
+        return GenerationOptions(params, max_tokens, seed, stops, on_prefill, speculate, draft_max)
 
     # ---- the end -------------------------------------------------------------------------------
 

@@ -22,12 +22,16 @@ from edgert.errors import CancelledError, ContextError, EdgertError, InputError
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.program import Program
 from edgert.plan import Plan
+from edgert.speculation import PassCosts
 from edgert.threads import ThreadTeam
 from edgert.weights import Weights
 
 __all__ = ["Forward", "PassStats", "Ticket"]
 
 _F32 = npt.NDArray[np.float32]
+# What one more token adds to a pass, as a share of a pass of one, until it has been measured: next
+# to nothing where weights are streamed; of experts a pass reads the union.
+_STREAMED_GROWTH, _RESIDENT_GROWTH, _EXPERTS_GROWTH = 0.02, 0.1, 0.5
 
 
 class Ticket:
@@ -73,7 +77,11 @@ class Forward:
         self._closed = False
         self._ticket: Ticket | None = None  # of the request under way
         self.lock = threading.RLock()
+        self._boundary = threading.Condition()  # held by a pass, and by a change between two
+        self._change_waits = False
         self.stats = PassStats()
+        growth = _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH
+        self.costs = PassCosts(_EXPERTS_GROWTH if plan.expert_slots else growth)
 
     def cancel(self, ticket: Ticket) -> None:
         """End the requests with this ticket, one under way within one op; no other is touched."""
@@ -85,49 +93,87 @@ class Forward:
         """Stop the pass under way and wait for it; every later one is refused. Idempotent."""
         self._closed = True
         self._team.stop()
-        with self.lock:
+        with self.lock, self._boundary:
             pass
+
+    def measure_device(self, seconds: float) -> float:
+        """Bytes per second of the idle device: no pass runs meanwhile, and the streams begin again.
+
+        Raises `StorageError`.
+        """
+        with self.lock, self._boundary:
+            self.check_open()
+            self._team.settle()
+            self._broken = True
+            rate = self._weights.measure_device(seconds)
+            self._recover()
+            return rate
+
+    def check_open(self) -> None:
+        """Raise `EdgertError` once `close` was called."""
+        if self._closed:
+            raise EdgertError("the engine is closed; load the model again")
+
+    def change(self, make: Callable[[], tuple[Plan, Program]], *, at_once: bool) -> None:
+        """Between two passes, let `make` change what passes run on; then go on with what it gives.
+
+        `at_once` ends the pass under way, which begins again after it, to the same bits; else its
+        end is waited for. When `make` raises, all is as before. One change at a time.
+        """
+        self._change_waits = True
+        if at_once:
+            self._team.stop()
+        with self._boundary:
+            try:
+                self.check_open()
+                self._team.settle()
+                self._broken = True  # the streams begin again, whatever comes of it
+                self._plan, self._program = make()
+            finally:
+                self._change_waits = False
+                self._boundary.notify_all()
 
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
-        cached, most = self._cached, len(tokens) - 1
-        if len(cached) <= most and cached == tokens[: len(cached)]:
-            return len(cached)  # as for every token of an answer; a loop over 8000 takes 0.3 ms
+        cached = self._cached
+        most = min(len(cached), len(tokens) - 1)
+        if cached[:most] == tokens[:most]:
+            return most  # as for every token of an answer; a loop over 8000 takes 0.3 ms
         pairs = enumerate(zip(cached, tokens[:most], strict=False))
-        return next((i for i, (have, want) in pairs if have != want), min(len(cached), most))
+        return next((i for i, (have, want) in pairs if have != want), most)
 
     def evaluate(
         self,
         tokens: Sequence[int],
         vocabulary: int,
         *,
-        every: bool = False,
+        last: int = 1,
         ticket: Ticket | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> _F32:
-        """Logits of the last token, float32 (1, vocabulary); with `every`, of all: (n, vocabulary).
+        """Logits after each of the `last` tokens, float32 (last, vocabulary), the caller's own.
 
+        What the KV cache holds beyond `tokens` is forgotten, so drafts that failed need no undoing.
         Raises `ContextError`, `InputError` for a token outside the vocabulary, `StorageError` when
         a read failed, `CancelledError` after `cancel`.
         """
         with self.lock:
-            if self._closed:
-                raise EdgertError("the engine is closed; load the model again")
-            start = 0 if every else self.reused(tokens)
+            self.check_open()
+            first = len(tokens) - last  # of those whose logits are wanted
+            start = max(min(self.reused(tokens), first), 0)
             self._check(tokens, start, vocabulary)
             self._ticket = ticket
             self._team.arm()
             del self._cached[start:]
-            chunk = min(self._plan.prefill_tokens, self._plan.logit_rows if every else 2**31)
-            out = np.empty((len(tokens) if every else 1, vocabulary), np.float32)
+            out = np.empty((last, vocabulary), np.float32)
             while start < len(tokens):
-                stop = min(start + chunk, len(tokens))
-                wanted = stop - start if every else int(stop == len(tokens))
+                stop = min(start + self._plan.prefill_tokens, len(tokens))
+                stop = min(stop, max(start, first) + self._plan.logit_rows)
+                wanted = max(stop - max(start, first), 0)
                 self._run_pass(tokens[start:stop], start, wanted)
                 self._cached += tokens[start:stop]
                 if wanted:
-                    at = start if every else 0
-                    out[at : at + wanted] = self._logits[:wanted, :vocabulary]
+                    out[stop - wanted - first :][:wanted] = self._logits[:wanted, :vocabulary]
                 start = stop
                 if progress:
                     progress(start, len(tokens))
@@ -145,6 +191,14 @@ class Forward:
 
     def _run_pass(self, tokens: Sequence[int], position: int, wanted: int) -> None:
         """One walk of the program over `tokens`; the last `wanted` of them leave logits."""
+        with self._boundary:
+            while not self._walk(tokens, position, wanted):
+                pass
+
+    def _walk(self, tokens: Sequence[int], position: int, wanted: int) -> bool:
+        """Try a pass; False when it was stopped, but not by the one who wants it."""
+        while self._change_waits:
+            self._boundary.wait()
         if self._broken:
             self._recover()
         n = len(tokens)
@@ -159,19 +213,24 @@ class Forward:
         frame[rows.F_N_LOGITS] = wanted
         begin = time.perf_counter()
         self._raise_if_cancelled()
+        if self._change_waits:  # its stop may have come before `_recover` took it back
+            return False
         self._team.run(self._program)
         self._weights.raise_if_failed()
         if self._team.stopped:
             self._raise_if_cancelled()
-            # A stop that was meant for the request before and came too late: begin again.
-            self._run_pass(tokens, position, wanted)
-            return
+            # Meant for the request before and came too late, or a change comes first: begin again.
+            return False
         self._pass += 1
         self.stats.passes += 1
         self.stats.tokens += n
-        self.stats.seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.stats.seconds += seconds
+        if wanted == n:
+            self.costs.add(n, seconds)
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
         self._broken = False  # last: an interruption before here begins the streams again
+        return True
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):

@@ -21,6 +21,7 @@ from edgert.machine import (
 from edgert.opening import Opened
 from edgert.plan import Plan, PlanOptions, plan_memory
 from edgert.plan_parts import Need
+from edgert.storage.arena import absent_bytes
 from edgert.units import MIB
 
 __all__ = ["make_plan", "process_bytes"]
@@ -34,12 +35,15 @@ TOKEN_BYTES = 200  # of one vocabulary entry: 14 MB kept for 152k tokens, 53 MB 
 
 
 def process_bytes(opened: Opened, *, measured: bool) -> int:
-    """What the process holds beside the arena; `measured` once everything is loaded."""
+    """What the process holds beside the arena; `measured` once everything is loaded.
+
+    Engines that are open already are part of it, with all that they may use.
+    """
     expected = PROCESS_BYTES + TOKEN_BYTES * opened.spec.vocab_size
     if measured:
         trim_heap()
         release_cache()
-        expected = max(expected, resident_bytes())
+        expected = max(expected, resident_bytes() + absent_bytes())
     return expected + GROWTH_BYTES
 
 
@@ -61,5 +65,7 @@ def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
         except (ModelError, UnsupportedError) as error:
             raise type(error)(f"{opened.path}: {error}") from None
 
-    full = plan_for(sys.maxsize).full_bytes
-    return plan_for(resolve_budget(options.memory_budget, full, available_bytes()))
+    asked = options.memory_budget
+    needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
+    full = plan_for(sys.maxsize).full_bytes if needs_full else 0
+    return plan_for(resolve_budget(asked, full, available_bytes()))

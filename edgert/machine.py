@@ -1,8 +1,8 @@
 """What the machine gives this process: memory, cores, and what it uses of them.
 
-Owns: cgroup v1 and v2 limits, free memory, resident and peak memory, the default thread count.
-Must not know models or plans. Only reads; nothing here changes the machine, except `release_cache`,
-which gives clean file pages back, and `trim_heap`.
+Owns: cgroup v1 and v2 limits, free memory and pressure on it, resident and peak memory, the default
+thread count. Must not know models or plans. Only reads; nothing here changes the machine, except
+`release_cache`, which gives clean file pages back, and `trim_heap`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ __all__ = [
     "cgroup_limit_bytes",
     "cpu_quota",
     "default_threads",
+    "high_events",
+    "memory_domains",
+    "memory_stall_seconds",
     "peak_bytes",
     "release_cache",
     "resident_bytes",
@@ -72,9 +75,9 @@ def cgroup_limit_bytes() -> int | None:
     return min(limits) if limits else None
 
 
-def _cgroup_free_bytes() -> int | None:
-    """Room left under the tightest cgroup limit; clean file pages count as room."""
-    free = []
+def _cgroup_domains() -> list[tuple[int, int]]:
+    """(free, limit) of each enclosing cgroup with a limit; clean file pages count as free."""
+    found = []
     for folder in _cgroup_paths("memory"):
         limit = _read_int(folder / "memory.max") or _read_int(folder / "memory.limit_in_bytes")
         used = _read_int(folder / "memory.current") or _read_int(folder / "memory.usage_in_bytes")
@@ -86,8 +89,41 @@ def _cgroup_free_bytes() -> int | None:
                 key, value = line.split()
                 if key in ("inactive_file", "total_inactive_file"):
                     reclaimable = int(value)
-        free.append(limit - used + reclaimable)
-    return min(free) if free else None
+        found.append((limit - used + reclaimable, limit))
+    return found
+
+
+def _cgroup_free_bytes() -> int | None:
+    """Room left under the tightest cgroup limit."""
+    return min((free for free, _ in _cgroup_domains()), default=None)
+
+
+def memory_domains() -> list[tuple[int, int]]:
+    """(free bytes, all bytes) of the machine and of each enclosing cgroup with a limit."""
+    machine = psutil.virtual_memory()
+    return [(int(machine.available), int(machine.total)), *_cgroup_domains()]
+
+
+def memory_stall_seconds() -> float:
+    """Time since the start in which some task of the cgroup, or of the machine where there is no
+    such group, waited for memory (pressure stall information); 0 where the kernel does not say.
+    """
+    own = [folder / "memory.pressure" for folder in _cgroup_paths("memory")[:1]]
+    for path in (*own, Path("/proc/pressure/memory")):
+        with contextlib.suppress(OSError, ValueError):
+            line = path.read_text().partition("\n")[0]  # some avg10=0.00 ... total=MICROSECONDS
+            return int(line.rpartition("total=")[2]) / 1e6
+    return 0.0
+
+
+def high_events() -> int:
+    """How often the cgroup went above its `memory.high`; 0 where it has none (cgroup v1)."""
+    with contextlib.suppress(OSError, ValueError):
+        for folder in _cgroup_paths("memory")[:1]:
+            for line in (folder / "memory.events").read_text().splitlines():
+                if line.startswith("high "):
+                    return int(line.split()[1])
+    return 0
 
 
 def available_bytes() -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from edgert.errors import BudgetError, ContextError
@@ -362,8 +363,8 @@ def _plan(
 
 def _numbered(tiles: Sequence[TilePlan], resident: Sequence[bool]) -> tuple[TilePlan, ...]:
     """The tiles with the streamed ones numbered in execution order."""
-    numbered, count = [], 0
-    for tile, keep in zip(tiles, resident, strict=True):
-        numbered.append(replace(tile, stream_index=-1 if keep else count))
-        count += not keep
-    return tuple(numbered)
+    index = count()
+    return tuple(
+        tile if keep else tile.streamed_as(next(index))
+        for tile, keep in zip(tiles, resident, strict=True)
+    )

@@ -29,6 +29,8 @@ class RunStats:
     prompt_tokens: int  # of the prompt, reused ones included
     reused_tokens: int  # of those, already in the KV cache
     generated_tokens: int
+    drafted_tokens: int  # guessed, and verified several in a pass
+    accepted_tokens: int  # of those, right
     prefill_seconds: float
     decode_seconds: float
     prefill_tok_s: float
@@ -37,7 +39,7 @@ class RunStats:
     decode_read_bytes: int
     read_bytes_per_token: float  # while decoding
     read_bytes_per_s: float  # while decoding
-    device_bytes_per_s: float  # direct reads, measured when the model was opened; 0 if not streamed
+    device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
     stall_share: float  # of decode time that compute waited for weights
     resident_bytes: int  # weights in memory
     peak_bytes: int  # of the whole process

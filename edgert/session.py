@@ -27,6 +27,7 @@ from edgert.results import (
     logits_hash,
 )
 from edgert.sampler import Sampler
+from edgert.speculation import MOST_DRAFTED, PromptLookup, Speculator
 from edgert.stop import StopMatcher
 
 if TYPE_CHECKING:
@@ -46,11 +47,17 @@ class GenerationOptions:
     seed: int | None = None  # None: drawn, and reported in the statistics
     stop: tuple[str, ...] = ()
     on_prefill: Progress | None = None
+    speculate: bool = True  # guess tokens where that is faster; the same tokens either way
+    draft_max: int = 15  # tokens guessed at once, at most: a pass of 16 fills a tile of the kernels
 
     def __post_init__(self) -> None:
-        limit = self.max_tokens
+        limit, most = self.max_tokens, self.draft_max
         if limit is not None and (not isinstance(limit, int) or limit < 0):
             raise InputError(f"max_tokens is {limit!r}; it must be a whole number of 0 or more")
+        if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= MOST_DRAFTED:
+            raise InputError(f"draft_max is {most!r}; it must be a number from 0 to {MOST_DRAFTED}")
+        if not isinstance(self.speculate, bool):
+            raise InputError(f"speculate is {self.speculate!r}; it must be True or False")
 
 
 class _Meter:
@@ -65,7 +72,10 @@ class _Meter:
         self._decode = self._start
         self._final: RunStats | None = None
         self.generated = 0
-        self.logits: npt.NDArray[np.float32] | None = None  # the last ones
+        self.drafted = 0  # tokens verified
+        self.accepted = 0  # of those, the ones that were sampled
+        self.prefilled = False
+        self._logits: npt.NDArray[np.float32] | None = None  # the last ones
 
     def _mark(self) -> tuple[float, int, float]:
         return (
@@ -74,12 +84,24 @@ class _Meter:
             self._engine.forward.stats.stall_seconds,
         )
 
-    def prefill_done(self) -> None:
-        self._decode = self._mark()
+    def pass_done(self, logits: npt.NDArray[np.float32], drafted: int) -> None:
+        """A pass has given logits [n_tokens, n_vocab], all but the first after drafted tokens."""
+        self.drafted += drafted
+        self._logits = logits[0]
+        if not self.prefilled:
+            self.prefilled = True
+            self._decode = self._mark()
+
+    def token_sampled(self, logits: npt.NDArray[np.float32], accepted: bool) -> None:
+        """A token was sampled from a row of logits; `accepted` if it was a drafted one."""
+        self.generated += 1
+        self.accepted += accepted
+        self._logits = logits
 
     def end(self) -> RunStats:
         """The figures as they stay from now on."""
         self._final = self.stats()
+        self._logits = None  # it may hold all rows of a pass
         return self._final
 
     def stats(self) -> RunStats:
@@ -89,28 +111,29 @@ class _Meter:
         now, read, stalled = self._mark()
         prefill = self._decode[0] - self._start[0]
         decode = now - self._decode[0]
-        # The first token comes out of the prefill; each further one is a decode pass.
-        passes = max(self.generated - 1, 0)
-        decode_read = read - self._decode[1] if passes else 0
+        decoded = max(self.generated - 1, 0)  # the first token comes out of the prefill
+        decode_read = read - self._decode[1] if decoded else 0
         plan = self._engine.plan
         computed = self._prompt_tokens - self._reused
         return RunStats(
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self._reused,
             generated_tokens=self.generated,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
             prefill_seconds=prefill,
             decode_seconds=decode,
             prefill_tok_s=computed / prefill if prefill > 0 else 0.0,
-            decode_tok_s=passes / decode if passes and decode > 0 else 0.0,
+            decode_tok_s=decoded / decode if decoded and decode > 0 else 0.0,
             read_bytes=read - self._start[1],
             decode_read_bytes=decode_read,
-            read_bytes_per_token=decode_read / passes if passes else 0.0,
-            read_bytes_per_s=decode_read / decode if passes and decode > 0 else 0.0,
+            read_bytes_per_token=decode_read / decoded if decoded else 0.0,
+            read_bytes_per_s=decode_read / decode if decoded and decode > 0 else 0.0,
             device_bytes_per_s=self._engine.device_bytes_per_s,
-            stall_share=(stalled - self._decode[2]) / decode if passes and decode > 0 else 0.0,
+            stall_share=(stalled - self._decode[2]) / decode if decoded and decode > 0 else 0.0,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),
-            logits_hash="" if self.logits is None else logits_hash(self.logits),
+            logits_hash="" if self._logits is None else logits_hash(self._logits),
             seed=self._seed,
         )
 
@@ -166,47 +189,62 @@ class Session:
         meter = _Meter(engine, len(tokens), engine.forward.reused(tokens), sampler.seed)
         self._meter = meter
         limit = room if options.max_tokens is None else min(room, options.max_tokens)
-        matcher = StopMatcher(options.stop)
         try:
-            yield from self._steps(sampler, matcher, meter, limit, options.on_prefill)
+            sampled = self._sampled(sampler, meter, limit, options)
+            yield from self._events(sampled, meter, limit, StopMatcher(options.stop))
         finally:
-            if meter.logits is None:  # the prefill did not end: as if nothing had been asked
+            if not meter.prefilled:  # as if nothing had been asked
                 self.tokens = before
 
-    def _steps(
-        self,
-        sampler: Sampler,
-        matcher: StopMatcher,
-        meter: _Meter,
-        limit: int,
-        on_prefill: Progress | None,
-    ) -> Iterator[TokenEvent]:
-        engine, tokens = self._engine, self.tokens
-        decoder = engine.tokenizer.stream_decoder(at_start=False)
-        finish: FinishReason | None = None if limit else "length"
-        try:
-            while True:
-                logits = engine.forward.evaluate(
-                    tokens, engine.vocab_size, ticket=self._ticket, progress=on_prefill
-                )
-                meter.logits = logits
-                if meter.generated == 0:
-                    meter.prefill_done()
-                on_prefill = None
-                if finish is not None:
+    def _sampled(
+        self, sampler: Sampler, meter: _Meter, limit: int, options: GenerationOptions
+    ) -> Iterator[int]:
+        """The tokens as they are sampled; the caller appends each to `tokens` before the next.
+
+        A pass gives logits after the last token and after each one that was guessed to follow. They
+        count for as long as the guesses are what is sampled.
+        """
+        engine, tokens, plan = self._engine, self.tokens, self._engine.plan
+        most = min(options.draft_max, plan.prefill_tokens - 1, plan.logit_rows - 1)
+        speculator = Speculator(
+            PromptLookup(), engine.forward.costs, most if options.speculate else 0
+        )
+        progress, drafted = options.on_prefill, list[int]()
+        while True:
+            logits = engine.forward.evaluate(
+                [*tokens, *drafted], engine.vocab_size, last=1 + len(drafted),
+                ticket=self._ticket, progress=progress,
+            )  # fmt: skip
+            meter.pass_done(logits, len(drafted))
+            if not limit:
+                return
+            sampled: list[int] = []
+            for row, guess in zip(logits, [*drafted, None], strict=True):
+                token = sampler.sample(row, tokens)
+                sampled.append(token)
+                meter.token_sampled(row, token == guess)
+                yield token
+                if token != guess:
                     break
-                token = sampler.sample(logits[0], tokens)
-                meter.generated += 1
+            speculator.learn(sampled)
+            drafted = speculator.draft(tokens, limit - meter.generated - 1)
+            progress = None
+
+    def _events(
+        self, sampled: Iterator[int], meter: _Meter, limit: int, matcher: StopMatcher
+    ) -> Iterator[TokenEvent]:
+        engine = self._engine
+        decoder = engine.tokenizer.stream_decoder(at_start=False)
+        finish: FinishReason = "length"
+        try:
+            for token in sampled:
                 if token in engine.tokenizer.eos_ids:
                     finish = "stop"
                     break
-                tokens.append(token)
+                self.tokens.append(token)
                 text = matcher.push(decoder.push(token))
-                if matcher.stopped:
-                    finish = "stop"
-                elif meter.generated >= limit:
-                    finish = "length"
-                if finish is not None:
+                if matcher.stopped or meter.generated >= limit:
+                    finish = "stop" if matcher.stopped else "length"
                     text += "" if matcher.stopped else matcher.push(decoder.flush())
                     text += "" if matcher.stopped else matcher.flush()
                     yield TokenEvent(text, token, meter.generated - 1, finish)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from contextlib import suppress
+from copy import copy
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgert.elastic import Rooms, elastic_bytes, leaving_order
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS, repack, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
@@ -26,6 +28,7 @@ from edgert.storage.backend import Backend, aligned_range
 from edgert.storage.device import measure_read_rate
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.reader import ReaderTeam
 from edgert.storage.streamer import Streamer, Tile
 from edgert.storage.window import Window
 from edgert.units import align_up
@@ -41,59 +44,70 @@ class Weights:
     """All weights of one model under one plan. `open` before use, `close` after; not reusable."""
 
     def __init__(
-        self, backend: Backend, manifest: Manifest, need: Need, plan: Plan, arena: Arena
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        need: Need,
+        plan: Plan,
+        arena: Arena,
+        rooms: Rooms | None = None,
     ) -> None:
+        """`rooms`: addresses to keep so that `resize` can follow other plans."""
         self._backend = backend
         self._manifest = manifest
         self._need = need
         self._plan = plan
+        self._arena = arena
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._lock = threading.Lock()
         self.read_bytes = 0  # of everything but the streamers: loading, token rows
+        self._busy_ns = 0  # of streamers that were replaced
         self.streamer: Streamer | None = None
         self.experts: ExpertStreamer | None = None
+        sizes = elastic_bytes(plan)
+        spaces = {
+            name: arena.take(name, nbytes, _PAGE, room=getattr(rooms, name) if rooms else nbytes)
+            for name, nbytes in sizes.items()
+        }
+        self._resident, self._embedding = spaces["resident"], spaces["embedding"]
+        self._window, self._expert_window = spaces["window"], spaces["experts"]
         self._staging = [
             arena.take(f"staging {i}", plan.staging_bytes, _PAGE)
-            for i in range(plan.staging_buffers)
+            for i in range(plan.reader_threads)
         ]
-        self._resident = arena.take("resident", plan.region("resident").nbytes, 64)
-        self._embedding: _Bytes | None = None
+        more = spaces["staging"]  # of the ring, where experts have their own readers beside it
+        self._ring_staging = [
+            more[i : i + plan.staging_bytes] for i in range(0, more.nbytes, plan.staging_bytes)
+        ] or self._staging
         entry = manifest.tensors["token_embd.weight"]
         row_bytes = entry.format.row_bytes(entry.shape[1])
         self._row = arena.take("token row", align_up(row_bytes + 2 * _PAGE, _PAGE), _PAGE)
-        if plan.embedding_resident:
-            self._embedding = arena.take("embedding", entry.extent.nbytes, 64)
         self._vector_space = arena.take("vectors", need.vector_bytes, 64)
-        self._window = arena.take("window", plan.slots * plan.slot_bytes, _PAGE)
-        slots = plan.expert_slots * plan.expert_slot_bytes
-        self._expert_window = arena.take("experts", slots, _PAGE)
         self._offsets: dict[tuple[str, int], int] = {}
+        offset = 0
+        for number in leaving_order(plan):
+            tile = plan.tiles[number]
+            self._offsets[tile.tensor, tile.first_row] = offset
+            offset += tile.nbytes
 
     # ---- opening -------------------------------------------------------------------------------
 
     def open(self, progress: Progress | None = None) -> None:
         """Read everything resident, then start the streamers. Raises `StorageError`."""
         self._load_vectors()
-        resident = [t for t in self._plan.tiles if t.stream_index < 0]
-        total = sum(t.extent.nbytes for t in resident)
-        offset = done = 0
-        for tile in resident:
-            self._offsets[tile.tensor, tile.first_row] = offset
-            offset += tile.nbytes
-        free = SimpleQueue[_Bytes]()
-        for buffer in self._staging[: self._plan.reader_threads]:
-            free.put(buffer)
-        with ThreadPoolExecutor(self._plan.reader_threads, "edgert-load") as pool:
-            for nbytes in pool.map(lambda tile: self._load_tile(tile, free), resident):
-                done += nbytes
-                if progress:
-                    progress(done, total)
-        if self._embedding is not None:
-            self._load_embedding(self._embedding)
-        self._start_streamers()
+        self._load_tiles([t for t in self._plan.tiles if t.stream_index < 0], progress)
+        if self._plan.embedding_resident:
+            self._load_embedding(progress)
+        self._make_streamers()
+        self.reset()
 
     def measure_device(self, seconds: float) -> float:
-        """Bytes per second the device delivers to the reader threads, with their own buffers."""
+        """Bytes per second the device delivers to the reader threads, with their own buffers.
+
+        The streamers stand still from here on, until `reset`.
+        """
+        for stream in self._streams:
+            stream.halt()
         return measure_read_rate(
             self._backend,
             request_bytes=self._plan.staging_bytes,
@@ -102,15 +116,36 @@ class Weights:
             staging=self._staging,
         )
 
-    def _load_tile(self, tile: TilePlan, free: SimpleQueue[_Bytes]) -> int:
-        """Read and place one resident tile; its bytes in the file."""
-        staging = free.get()
-        try:
+    def _load_tiles(self, tiles: Sequence[TilePlan], progress: Progress | None) -> None:
+        """Read and place tiles that are to be resident."""
+        team = ReaderTeam(self._backend, self._staging, "edgert-load")
+        placed = SimpleQueue[int]()
+        left = iter(tiles)
+
+        def take() -> tuple[Sequence[Extent], TilePlan] | None:
+            with team.lock:
+                tile = None if team.stopping else next(left, None)
+            return None if tile is None else ((tile.extent,), tile)
+
+        def place(tile: TilePlan, raw: list[_Bytes]) -> None:
             at = self._offsets[tile.tensor, tile.first_row]
-            self._place_tile(tile, self._read(tile.extent, staging), self._resident[at:])
+            self._place_tile(tile, raw[0], self._resident[at:])
+            placed.put(tile.extent.nbytes)
+
+        total, done, count = sum(t.extent.nbytes for t in tiles), 0, 0
+        try:
+            team.start_pipeline(take, place)
+            while count < len(tiles) and not team.failed[0]:
+                with suppress(Empty):  # a failure is looked for now and then
+                    done += placed.get(timeout=0.1)
+                    count += 1
+                    if progress:
+                        progress(done, total)
         finally:
-            free.put(staging)
-        return tile.extent.nbytes
+            team.stopping = True
+            team.join()
+            self.read_bytes += team.read_bytes
+        team.raise_if_failed()
 
     def _read(self, extent: Extent, into: _Bytes | None = None) -> _Bytes:
         """The exact bytes of an extent, as a view that lasts until the next read."""
@@ -134,29 +169,23 @@ class Weights:
             self._vectors[need.name] = vector
             at += nbytes
 
-    def _load_embedding(self, space: _Bytes) -> None:
+    def _load_embedding(self, progress: Progress | None) -> None:
         extent = self._manifest.tensors["token_embd.weight"].extent
         step = self._plan.staging_bytes - 2 * _PAGE
         for at in range(0, extent.nbytes, step):
             part = Extent(extent.file_index, extent.offset + at, min(step, extent.nbytes - at))
-            space[at : at + part.nbytes] = self._read(part)
+            self._embedding[at : at + part.nbytes] = self._read(part)
+            if progress:
+                progress(at + part.nbytes, extent.nbytes)
 
     def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
         entry = self._manifest.tensors[tile.tensor]
         repack(entry.format, raw, tile.rows, entry.shape[1], out[: tile.nbytes])
 
-    def _start_streamers(self) -> None:
+    def _make_streamers(self) -> None:
+        """Both streamers of the plan as it is; `reset` sets them going."""
         plan = self._plan
-        streamed = [t for t in plan.tiles if t.stream_index >= 0]
-        if streamed:
-            self.streamer = Streamer(
-                self._backend,
-                [Tile(t.stream_index, (t.extent,), t.nbytes) for t in streamed],
-                Window(self._window, plan.slot_bytes),
-                self._staging[: plan.reader_threads],
-                lambda tile, raw, slot: self._place_tile(streamed[tile.index], raw[0], slot),
-            )
-            self.streamer.start()
+        self.streamer = self._dense_streamer(plan)
         if plan.expert_slots:
             spec = self._need.spec
             self.experts = ExpertStreamer(
@@ -165,11 +194,76 @@ class Weights:
                     self._need.experts[layer], self._manifest, expert
                 ),
                 (spec.num_hidden_layers, spec.num_experts),
-                Window(self._expert_window, plan.expert_slot_bytes),
-                self._staging[-plan.reader_threads :],
+                self._slots_of(plan),
+                self._staging,
                 self._place_expert,
             )
-            self.experts.start()
+
+    def _dense_streamer(self, plan: Plan) -> Streamer | None:
+        streamed = [t for t in plan.tiles if t.stream_index >= 0]
+        if not streamed:
+            return None
+        return Streamer(
+            self._backend,
+            [Tile(t.stream_index, (t.extent,), t.nbytes) for t in streamed],
+            Window(self._window[: plan.slots * plan.slot_bytes], plan.slot_bytes),
+            self._ring_staging,
+            lambda tile, raw, slot: self._place_tile(streamed[tile.index], raw[0], slot),
+        )
+
+    def _slots_of(self, plan: Plan) -> Window:
+        nbytes = plan.expert_slots * plan.expert_slot_bytes
+        return Window(self._expert_window[:nbytes], plan.expert_slot_bytes)
+
+    # ---- another plan --------------------------------------------------------------------------
+
+    def under(self, plan: Plan) -> Weights:
+        """The same weights as `matrix` will give them under another plan."""
+        other = copy(self)
+        other._plan = plan
+        return other
+
+    def resize(self, plan: Plan, progress: Progress | None = None) -> None:
+        """Keep in memory what `plan` says, made by `elastic.resized` from the plan of opening.
+
+        Between two passes only; `describe` again after it, and `reset` before the next pass. Reads
+        what becomes resident; `progress` may raise to end that. After any error all is as it was.
+        """
+        before, old = self._plan, self.streamer
+        new = self._dense_streamer(plan)
+        for stream in self._streams:
+            stream.halt()
+        arena_bytes = self._arena.nbytes
+        more = sum(elastic_bytes(plan).values()) - sum(elastic_bytes(before).values())
+        try:
+            self._move_ends(plan, arena_bytes + more)
+            pairs = zip(plan.tiles, before.tiles, strict=True)
+            added = [t for t, b in pairs if t.stream_index < 0 <= b.stream_index]
+            self._load_tiles(added, progress)
+            if plan.embedding_resident and not before.embedding_resident:
+                self._load_embedding(progress)
+        except BaseException:
+            # Only a larger budget reads, and it takes no weight away that a smaller one has.
+            self._move_ends(before, arena_bytes)
+            if new is not None:
+                new.close()
+            raise
+        self._plan, self.streamer = plan, new
+        if old is not None:
+            old.close()
+            self.read_bytes += old.read_bytes
+            self._busy_ns += old.busy_ns
+
+    def _move_ends(self, plan: Plan, arena_bytes: int) -> None:
+        """Give the elastic regions the sizes of `plan`: first those that shrink."""
+        have = {r.name: r.nbytes for r in self._arena.regions}
+        sizes = elastic_bytes(plan)
+        self._arena.nbytes = max(self._arena.nbytes, arena_bytes)
+        for name in sorted(sizes, key=lambda name: sizes[name] - have[name]):
+            self._arena.resize(name, sizes[name])
+        self._arena.nbytes = arena_bytes
+        if self.experts is not None:
+            self.experts.resize(self._slots_of(plan))
 
     def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
         record = self._need.experts[layer]
@@ -223,8 +317,8 @@ class Weights:
         """
         entry = self._manifest.tensors["token_embd.weight"]
         row_bytes = entry.format.row_bytes(entry.shape[1])
-        if self._embedding is not None:
-            table = self._embedding.reshape(entry.shape[0], row_bytes)
+        if self._plan.embedding_resident:
+            table = self._embedding[: entry.extent.nbytes].reshape(entry.shape[0], row_bytes)
             return dequantize_ref(entry.format, table[list(tokens)])
         raw = np.empty((len(tokens), row_bytes), np.uint8)
         seen: dict[int, int] = {}
@@ -241,6 +335,7 @@ class Weights:
 
         `work` names the routing buffers of the run state.
         """
+        streams[:] = 0  # nothing may look at the flags of a ring that is gone
         if self.streamer is not None:
             s = self.streamer
             streams[rows.S_READY] = s.ready.ctypes.data
@@ -275,7 +370,7 @@ class Weights:
     @property
     def busy_ns(self) -> int:
         """Time during which a streamer had at least one read under way."""
-        return int(sum(s.busy_ns for s in self._streams))
+        return int(self._busy_ns + sum(s.busy_ns for s in self._streams))
 
     def raise_if_failed(self) -> None:
         """Raise what a reader thread met."""

@@ -26,7 +26,7 @@ from edgert.kernels_cpu.atomic import (
     store_release,
 )
 from edgert.kernels_cpu.jit import inline
-from edgert.kernels_cpu.waiting import barrier, chunk_of, relax, stopped
+from edgert.kernels_cpu.waiting import NAP_US, barrier, chunk_of, relax, stopped
 
 __all__ = ["group_pairs", "run_experts"]
 
@@ -225,7 +225,7 @@ def run_experts(
             begin = now_ns()
             spins = 0
             while collect_wave(streams, n_experts, cells) == 0:
-                relax(spins)
+                relax(spins, NAP_US)
                 spins += 1
                 if stopped(control, streams):
                     return False

@@ -32,10 +32,13 @@ from edgert.kernels_cpu.atomic import (
 )
 from edgert.kernels_cpu.jit import inline
 
-__all__ = ["await_order", "await_value", "barrier", "chunk_of", "relax", "stopped"]
+__all__ = ["NAP_US", "await_order", "await_value", "barrier", "chunk_of", "relax", "stopped"]
 
 SPIN = 2000  # pauses before sleeping
 NAP_US = 50  # the timer slack of Linux: asking for less is not shorter
+# While weights are on their way: a tile takes 0.5-2 ms, and the ring holds several, so that looking
+# more often reads nothing earlier.
+WEIGHTS_NAP_US = 200
 LINGER_NS = 500_000  # how long an idle thread yields before it sleeps: Python between two tokens
 
 
@@ -59,12 +62,12 @@ def chunk_of(op: int, units: int, threads: int) -> int:
 
 
 @inline
-def relax(spins: int) -> None:
+def relax(spins: int, nap_us: int) -> None:
     """One step of waiting, given the number of steps so far."""
     if spins < SPIN:
         pause()
     else:
-        sleep_us(NAP_US)
+        sleep_us(nap_us)
 
 
 @inline
@@ -78,7 +81,7 @@ def barrier(control: int, streams: int, threads: int) -> bool:
         return True
     spins = 0
     while load_acquire(generation_at) == generation:
-        relax(spins)
+        relax(spins, NAP_US)
         spins += 1
         if spins & 63 == 0 and stopped(control, streams):
             return False
@@ -96,7 +99,7 @@ def await_value(address: int, value: int, tid: int, control: int, streams: int) 
     begin = now_ns()
     spins = 0
     while load_acquire(address) < value:
-        relax(spins)
+        relax(spins, WEIGHTS_NAP_US)
         spins += 1
         if stopped(control, streams):
             return False

@@ -69,6 +69,8 @@ class FileBackend:
 
     Each file falls back on its own: O_DIRECT (Linux) or F_NOCACHE (macOS), else ordinary reads
     whose pages are dropped right after. `direct` tells whether all files take direct reads.
+    A file that is written to while open is noticed at the next read (size and time of the last
+    write); one that is replaced by renaming another stays what it was.
     Raises `ModelError` when a file cannot be opened, or is not as long as `file_bytes` (from the
     manifest) says: it changed since its header was read.
     """
@@ -185,7 +187,8 @@ class _File:
                 # Without this the kernel reads ahead of each request (8 MiB on one machine), and
                 # pages nobody asked for stay until their turn comes.
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            self.size, self._written_ns = status.st_size, status.st_mtime_ns
         except OSError as error:
             self.close()
             raise ModelError(f"{path} cannot be opened: {error.strerror}") from error
@@ -233,6 +236,10 @@ class _File:
                     done = align_down(done, ALIGNMENT)
                 if got <= 0:
                     raise StorageError(self.path, offset, len(view), self._shorter(offset + done))
+        # Behind the read: bytes that came before a write are good. 1 us beside a read of 1 ms.
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._written_ns):
+            raise StorageError(self.path, offset, len(view), self._changed(status.st_size))
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
 
@@ -249,6 +256,13 @@ class _File:
         return (
             f"the file ended near byte {end:,}, but was {self.size:,} bytes long when it was "
             "opened; it was cut or replaced while in use, so close the model and open it again"
+        )
+
+    def _changed(self, size: int) -> str:
+        length = "" if size == self.size else f" and is {size:,} bytes long, not {self.size:,}"
+        return (
+            f"the file was written to while in use{length}, so what it holds now may not be what "
+            "was read before; close the model and open it again"
         )
 
     def close(self) -> None:

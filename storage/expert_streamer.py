@@ -119,7 +119,7 @@ class ExpertStreamer:
         Resident experts stay, and no error is pending afterwards. The consumer must have stopped.
         """
         assert not self._closed
-        self._halt()
+        self.halt()
         self._team.clear()
         self._in_flight.clear()
         self._jobs = SimpleQueue()
@@ -135,12 +135,28 @@ class ExpertStreamer:
         """Stop the threads and close the pipe. Idempotent. The consumer must have stopped."""
         if self._closed:
             return
-        self._halt()
+        self.halt()
         self._closed = True
         os.close(self._request_read)
         os.close(self.request_fd)
 
-    def _halt(self) -> None:
+    def resize(self, window: Window) -> None:
+        """Go on with more or fewer slots at the same addresses; `reset` begins again.
+
+        Experts in slots that are gone are forgotten. Called between `halt` and `reset`.
+        """
+        assert not self._team.running
+        gone = self._owner[window.n_slots :]
+        gone = gone[gone >= 0]
+        self._slot_of[gone] = -1
+        self._address[gone] = 0
+        kept = self._owner[: window.n_slots]
+        self._owner = np.full(window.n_slots, -1, np.int64)
+        self._owner[: len(kept)] = kept
+        self._window = window
+
+    def halt(self) -> None:
+        """Stop and join the threads; a read under way is finished first. `reset` begins again."""
         self._team.stopping = True
         if self._team.running:
             os.write(self.request_fd, _WAKE)

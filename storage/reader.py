@@ -1,10 +1,13 @@
 """Reader threads: what the two streamers share.
 
-Owns: a team of threads with one staging buffer each, aligned reads of extents, the hand-over of
-an error to the caller, and the counters. Must not know the order of reads nor where the bytes go.
+Owns: a team of threads with as many staging buffers, aligned reads of extents, the pipeline from
+reading to placing, the hand-over of an error to the caller, and the counters. Must not know the
+order of reads nor where the bytes go.
 
-Threads, not an event loop: `os.preadv` and the repacking release the GIL, so two to four Python
-threads keep a device of several GB/s busy with requests of 1-4 MiB.
+Threads, not an event loop: `os.preadv` and the repacking release the GIL, so a few Python threads
+keep a device of several GB/s busy with requests of 1-4 MiB. In the pipeline two thirds of them only
+read and a third only place: threads that did both in turn would leave the device without a request
+whenever several reads end together, as they do on a virtual disk.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +27,7 @@ from edgert.storage.manifest import Extent
 __all__ = ["ReaderTeam", "parts_bytes"]
 
 Bytes = npt.NDArray[np.uint8]
+_Job = TypeVar("_Job")
 
 
 def parts_bytes(parts: Iterable[Extent], alignment: int) -> int:
@@ -94,6 +100,57 @@ class ReaderTeam:
             self._threads.append(thread)
         for thread in self._threads:
             thread.start()
+
+    def start_pipeline(
+        self,
+        take: Callable[[], tuple[Sequence[Extent], _Job] | None],
+        place: Callable[[_Job, list[Bytes]], None],
+    ) -> None:
+        """Threads that read what `take` names next, and threads that `place` what was read.
+
+        `take` gives what to read and what to hand to `place`, or None at the end; it may block,
+        and is called by several threads.
+        """
+        n_placing = max(1, self.n_readers // 3)
+        n_reading = max(1, self.n_readers - n_placing)
+        free, full = SimpleQueue[int](), SimpleQueue[tuple[int, list[Bytes], _Job] | None]()
+        for buffer in range(self.n_readers):
+            free.put(buffer)
+        reading = [None] * n_reading  # one for each thread that has not ended
+
+        def read_all() -> None:
+            try:
+                while (taken := take()) is not None:
+                    buffer = free.get()
+                    try:
+                        if self.stopping:
+                            free.put(buffer)  # for the next one that waits
+                            return
+                        raw = self.read(buffer, taken[0])
+                    except BaseException:
+                        free.put(buffer)
+                        raise
+                    full.put((buffer, raw, taken[1]))
+            except BaseException as error:
+                self.fail(error)
+            finally:
+                with self.lock:
+                    reading.pop()
+                    last = not reading
+                for _ in range(n_placing if last else 0):
+                    full.put(None)
+
+        def place_all() -> None:
+            while (item := full.get()) is not None:
+                buffer, raw, job = item
+                try:
+                    if not self.stopping:
+                        place(job, raw)
+                except BaseException as error:
+                    self.fail(error)
+                free.put(buffer)
+
+        self.start([read_all] * n_reading + [place_all] * n_placing)
 
     def join(self) -> None:
         """Wait for the threads to end. To end them early, set `stopping` and wake them first."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -51,10 +50,10 @@ def staging_bytes(tiles: Sequence[Tile], alignment: int) -> int:
 
 
 class Streamer:
-    """Fills the slots of `window` with `tiles`, cyclically, from `len(staging)` threads.
+    """Fills the slots of `window` with `tiles`, cyclically, by way of the buffers of `staging`.
 
     `place(tile, raw, slot)` gets the exact bytes of each part and `tile.nbytes` bytes of the slot;
-    it runs in a reader thread and should release the GIL. Needs 2 <= slots < tiles.
+    it runs in a thread of the team and should release the GIL. Needs 2 <= slots < tiles.
 
     For the consumer, all int64 and indexed by tile: `ready` (p+1 when the tile's bytes of pass p
     are in its slot), `address`, `slot_of`; `failed[0]` is 1 after an error; `free_fd` takes the
@@ -112,7 +111,7 @@ class Streamer:
     def start(self) -> None:
         """Begin reading, at tile 0 of pass 0."""
         assert not self._closed and not self._team.running
-        self._team.start([partial(self._work, r) for r in range(self._team.n_readers)])
+        self._team.start_pipeline(self._take, self._fill)
         for slot in range(self._window.n_slots):
             os.write(self.free_fd, slot.to_bytes(8, "little"))
 
@@ -127,7 +126,7 @@ class Streamer:
         until this returns. Afterwards tile 0 of pass 0 is next, and no error is pending.
         """
         assert not self._closed
-        self._halt()
+        self.halt()
         self._drain()
         self._team.clear()
         self.ready[:] = 0
@@ -141,13 +140,13 @@ class Streamer:
         """Stop the readers and close the pipe. Idempotent. The consumer must have stopped."""
         if self._closed:
             return
-        self._halt()
+        self.halt()
         self._closed = True
         os.close(self._free_read)
         os.close(self.free_fd)
 
-    def _halt(self) -> None:
-        """Stop and join the threads; a read under way is finished first."""
+    def halt(self) -> None:
+        """Stop and join the threads; a read under way is finished first. `reset` begins again."""
         self._team.stopping = True
         if self._team.running:
             for _ in range(self._team.n_readers):
@@ -165,19 +164,22 @@ class Streamer:
         finally:
             os.set_blocking(self._free_read, True)
 
-    def _work(self, reader: int) -> None:
-        team = self._team
-        while True:
-            # Pipes are locked while read and every message has 8 bytes: none is ever split.
-            message = os.read(self._free_read, 8)
-            if team.stopping:
-                return
-            slot = int.from_bytes(message, "little", signed=True)
-            with team.lock:
-                tile, turn = self._next_tile(slot)
-            raw = team.read(reader, tile.parts)
-            self._place(tile, raw, self._window.view(slot)[: tile.nbytes])
-            self._publish(tile.index, slot, turn)
+    def _take(self) -> tuple[Sequence[Extent], tuple[Tile, int, int]] | None:
+        """What to read next, once a slot is free: its extents, and the tile, slot and pass."""
+        # Pipes are locked while read and every message has 8 bytes: none is ever split.
+        message = os.read(self._free_read, 8)
+        if self._team.stopping:
+            return None
+        slot = int.from_bytes(message, "little", signed=True)
+        with self._team.lock:
+            tile, turn = self._next_tile(slot)
+        return tile.parts, (tile, slot, turn)
+
+    def _fill(self, job: tuple[Tile, int, int], raw: list[Bytes]) -> None:
+        """Place what was read and publish it."""
+        tile, slot, turn = job
+        self._place(tile, raw, self._window.view(slot)[: tile.nbytes])
+        self._publish(tile.index, slot, turn)
 
     def _next_tile(self, slot: int) -> tuple[Tile, int]:
         """The next tile of the cycle and its pass, for a slot that was handed back."""

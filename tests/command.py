@@ -15,7 +15,8 @@ from edgert.cli.main import main
 ROOT = Path(__file__).parents[1]
 STATS = (
     r"# \d+ tok  prefill [\d.]+  decode [\d.]+ tok/s(  read [\d.]+ MiB/tok  [\d.]+ GB/s"
-    r"( \(\d+ % of device\))?  stall \d+ %)?  peak [\d.]+ [MG]iB  seed \d+  #[0-9a-f]{8}"
+    r"( \(\d+ % of device\))?  stall \d+ %)?(  guessed \d+ of \d+)?"
+    r"  peak [\d.]+ [MG]iB  seed \d+  #[0-9a-f]{8}"
 )
 
 

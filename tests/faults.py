@@ -77,16 +77,18 @@ class FaultyBackend:
 class FailingArena(Arena):
     """An arena whose `fail_at`-th `take` (from 1) finds no memory."""
 
-    def __init__(self, nbytes: int, fail_at: int) -> None:
-        super().__init__(nbytes)
+    def __init__(self, nbytes: int, fail_at: int, spare: int = 0) -> None:
+        super().__init__(nbytes, spare)
         self.takes = 0
         self.fail_at = fail_at
 
-    def take(self, name: str, nbytes: int, alignment: int = 64) -> npt.NDArray[np.uint8]:
+    def take(
+        self, name: str, nbytes: int, alignment: int = 64, *, room: int | None = None
+    ) -> npt.NDArray[np.uint8]:
         self.takes += 1
         if self.takes == self.fail_at:
             raise EdgertError(f"the system does not grant memory for {name!r}")
-        return super().take(name, nbytes, alignment)
+        return super().take(name, nbytes, alignment, room=room)
 
 
 def fill(shape: Any, seed: int) -> npt.NDArray[np.uint8]:

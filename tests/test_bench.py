@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import edgert as library
 from edgert import attention_bench, bench_harness, kernel_bench
-from edgert.cli import bench_model
+from edgert.cli import bench_model, bench_speculation
 from edgert.cli.answer import Answer
 from edgert.kernels_cpu import limits
 from edgert.units import KIB, MIB
@@ -40,7 +41,7 @@ def test_a_model(tiny_gguf: Path) -> None:
         assert found[name] > 0, name
     for name in ("read_bytes_per_token", "read_bytes_per_s", "device_bytes_per_s", "stall_share"):
         assert found[name] >= 0, name
-    assert "predicted_decode_tok_s" in found
+    assert found["roof_tok_s"] is found["share_of_roof"] is found["share_of_device"] is None
     assert all(found[f"batch_{n}_tok_s"] > 0 for n in (1, 2, 4, 8))
     header, row = edgert("bench", tiny_gguf, *SIZES, "--batch", "3").stdout.splitlines()
     assert header.startswith("model ") and " batch 3 " in header and "batch 2" not in header
@@ -68,7 +69,34 @@ def test_ctrl_c_ends_all_trials(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
     assert (run.returncode, run.stdout, asked) == (130, "", [9])
 
 
+def test_guessing_by_turns(tiny_gguf: Path, tmp_path: Path) -> None:
+    sizes = ("--gen-tokens", 6, "--trials", 2, "-b", "1GiB", "--speculate")
+    run = edgert("bench", tiny_gguf, *sizes, "--prompt-tokens", 30, "--json")
+    rows = json.loads(run.stdout)["rows"]
+    asked = [(row["prompt"], row["prompt_tokens"], row["temperature"]) for row in rows]
+    assert asked == [("own text", 30, 0), ("own text", 30, 0.8), ("new", 16, 0), ("new", 16, 0.8)]
+    for row in rows:
+        assert min(row["plain_tok_s"], row["speculate_tok_s"], row["ratio"]) > 0
+        assert row["gen_tokens"] == 6 and 1 <= row["tokens_per_pass"] <= 6
+        assert 0 <= row["accepted_tokens"] <= row["drafted_tokens"]
+    text = tmp_path / "tale.txt"
+    text.write_text("a tale a tale a tale")
+    header, *lines = edgert("bench", tiny_gguf, *sizes, "--prompt-file", text).stdout.splitlines()
+    assert " ratio " in header and [line.split()[3] for line in lines] == ["tale.txt"] * 2
+    assert_error(edgert("bench", tiny_gguf, *sizes, "--prompt-file", tmp_path / "x"), 2, "x cannot")
+    text.write_bytes(b"\xff")
+    assert_error(edgert("bench", tiny_gguf, *sizes, "--prompt-file", text), 2, "not UTF-8")
+
+
+def test_guessing_that_changes_a_token_is_an_error() -> None:
+    engine, case = SimpleNamespace(plan=None), SimpleNamespace(name="tale")
+    with pytest.raises(library.EdgertError, match="tale: guessing changed the tokens"):
+        bench_speculation._row(engine, case, [(Answer(tokens=[1]), Answer(tokens=[2]))])  # type: ignore[arg-type]
+
+
 BAD_OPTIONS = {
+    "a text to continue": (["--prompt-file", "x"], "--prompt-file needs --speculate"),
+    "guesses of kernels": (["--speculate", "--kernels"], "one of --kernels, --attention"),
     "batches": (["--batch", "1,x"], "'1,x' is not a list"),
     "no batch": (["--batch", "0"], "'0' is not a list"),
     "two forms": (["--csv", "--json"], "not both"),

@@ -145,6 +145,15 @@ def test_a_seed_repeats_a_run_and_no_seed_does_not(tiny_gguf: Path) -> None:
     assert first == again != other
 
 
+def test_an_adaptive_budget_changes_no_token(tiny_gguf: Path) -> None:
+    words = ("run", tiny_gguf, "-p", "the hen", "-n", 8, "--temp", 0, "-s", 1, "--json")
+    plain, adaptive = edgert(*words), edgert(*words, "--adaptive", "-v")
+    assert adaptive.returncode == 0, adaptive.stderr
+    first, second = json.loads(plain.stdout), json.loads(adaptive.stdout)
+    assert first["tokens"] == second["tokens"]
+    assert first["stats"]["logits_hash"] == second["stats"]["logits_hash"]
+
+
 def test_stop_ends_the_answer_before_it(tiny_gguf: Path) -> None:
     options = ("run", tiny_gguf, "-n", 8, "--temp", 0, "-p", PROMPT, "--json")
     whole = json.loads(edgert(*options).stdout)["text"]

@@ -230,7 +230,19 @@ def test_what_a_streamed_pass_reads_is_what_the_plan_says(tiny_gguf: Path) -> No
     tiles = 2 * 4096 * sum(t.stream_index >= 0 for t in engine.plan.tiles)
     ahead = engine.plan.slots * engine.plan.slot_bytes / 40
     assert planned - ahead <= stats.read_bytes_per_token <= planned + rows + tiles + ahead
-    assert engine.device_bytes_per_s > 0 and 0 <= stats.stall_share <= 1
+    assert engine.is_streamed and 0 <= stats.stall_share <= 1
+
+
+def test_the_device_is_measured_between_answers_and_changes_none(tiny_gguf: Path) -> None:
+    with tight(tiny_gguf, 0) as engine:
+        tokens = prompt(tiny_gguf)[:4]
+        want = engine.generate(tokens, max_tokens=5, temperature=0)
+        assert engine.device_bytes_per_s == want.stats.device_bytes_per_s == 0
+        for _ in range(2):
+            rate = engine.measure_device(0.01)
+            again = engine.generate(tokens, max_tokens=5, temperature=0)
+            assert again.stats.logits_hash == want.stats.logits_hash
+            assert again.stats.device_bytes_per_s == rate == engine.device_bytes_per_s > 0
 
 
 def test_a_resident_model_reads_nothing_while_it_generates(resident: edgert.Engine) -> None:

@@ -76,6 +76,8 @@ def test_several_lines(talk: repl.Conversation) -> None:
 def test_set(talk: repl.Conversation, capsys: pytest.CaptureFixture[str]) -> None:
     talk.loop(typed("/set parameter temperature 0.25", "/set parameter max_tokens -1"))
     assert talk.sampling == {"temperature": 0.25, "seed": 1}
+    talk.loop(typed("/set parameter speculate off", "/set parameter draft_max 7"))
+    assert talk.sampling.pop("speculate") is False and talk.sampling.pop("draft_max") == 7
     for line in ("parameter heat 1", "parameter top_k", "parameter top_k -3", "parameter top_p x"):
         talk.loop(typed(f"/set {line}"))
     assert talk.sampling == {"temperature": 0.25, "seed": 1}
@@ -105,6 +107,25 @@ def test_facts(talk: repl.Conversation, capsys: pytest.CaptureFixture[str]) -> N
         assert words in said.err
     for name in (*repl.COMMANDS, *SAMPLING):
         assert name in said.err, "the help names everything"
+
+
+def test_the_budget_changes_and_the_answer_does_not(
+    tiny_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"max_tokens": 4, "temperature": 0.0, "seed": 1}
+    options = ModelOptions(tiny_gguf)
+    with edgert.load(tiny_gguf, context_length=256, threads=1) as engine:
+        talk = repl.Conversation(engine, options, sampling, Progress(), chat=True)
+        floor = engine.smallest_budget()
+        talk.loop(typed("the hen", f"/budget {floor}", "/regen", "/budget", "/budget 100%"))
+        assert engine.plan.budget_bytes == engine.plan.full_bytes
+        first, second, _ = capsys.readouterr().out.split("\n")
+        assert first == second
+        talk.loop(typed("/budget 1MiB", "/budget much", "/budget 0"))
+        assert engine.plan.budget_bytes == engine.plan.full_bytes
+    said = capsys.readouterr().err
+    assert "error: memory budget 1.0 MiB is too small: the smallest that works is " in said
+    assert "error: 'much' is not a size" in said and "error: memory_budget is 0" in said
 
 
 @pytest.mark.parametrize("word", ["/exit", "/bye"])

@@ -162,6 +162,23 @@ def test_a_file_cut_while_open_is_reported(blob, direct, size):
     backend.close()
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_written_to_while_open_is_reported_and_a_renamed_one_is_not(blob, direct):
+    path, data = blob
+    backend = FileBackend([path], direct=direct)
+    buffer = pages(2 * ALIGNMENT)
+    backend.read_into(0, ALIGNMENT, buffer.data)
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(bytes(len(data)))  # another file of this name
+    backend.read_into(0, ALIGNMENT, buffer.data)
+    assert buffer.tobytes() == data[ALIGNMENT : 3 * ALIGNMENT]
+    with open(path.with_suffix(".old"), "ab") as file:
+        file.write(b"x")
+    with pytest.raises(StorageError, match="written to while in use and is 41,084 bytes long"):
+        backend.read_into(0, ALIGNMENT, buffer.data)
+    backend.close()
+
+
 def test_a_failing_device_names_file_and_offset(blob, monkeypatch):
     path, _ = blob
     backend = FileBackend([path], direct=False)

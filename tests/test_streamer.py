@@ -121,6 +121,34 @@ def test_readers_run_ahead_until_the_slots_are_full_and_then_sleep():
     s.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 6])
+def test_threads_that_place_leave_others_that_read(threads):
+    """While no tile is placed, reads go on into every buffer; a third at most is being placed."""
+    dense = Dense(n_tiles=9, n_slots=8, threads=threads)
+    true, go_on, inside, taken = dense.place, threading.Event(), [], []
+
+    def place(tile, raw, slot):
+        inside.append(tile.index)
+        taken.append(len(inside))
+        assert go_on.wait(60)
+        true(tile, raw, slot)
+        inside.remove(tile.index)
+
+    s = dense.streamer
+    s._place = place
+    s.start()
+    placing = max(1, threads // 3)
+    assert wait_for(lambda: len(inside) == placing, s.failed)
+    first = sum(len(tile.parts) for tile in dense.tiles[:threads])
+    assert wait_for(lambda: dense.backend.reads == first, s.failed)
+    time.sleep(0.02)
+    assert dense.backend.reads == first and s.tiles_loaded == 0
+    go_on.set()
+    assert dense.consume(0, 3) == 27
+    assert max(taken) == placing
+    s.close()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_reset_in_mid_pass_begins_again_at_tile_0(threads):
     dense = Dense(n_slots=3, threads=threads, seed=4, plan=FaultPlan(delay_s=0.0005))

@@ -262,3 +262,65 @@ def test_a_small_model_needs_little(cache: str, shared_data: Path, tmp_path: Pat
         peak = limit.peak_bytes()
     assert peak is None or peak < limit_bytes
     assert "there was" in json.loads(run.stdout)["text"]
+
+
+SHRINK = """
+import json, sys, threading, time
+import edgert
+path, prompt = sys.argv[1:]
+with edgert.load(path, memory_budget="100%", context_length=256) as engine:
+    want = engine.generate(prompt, max_tokens=24, temperature=0)
+    seconds, found = [], []
+    def change(budget):
+        begin = time.monotonic()
+        engine.set_memory_budget(budget)
+        seconds.append(time.monotonic() - begin)
+    for event in engine.generate(prompt, max_tokens=24, temperature=0, stream=True):
+        found.append(event.token)
+        if len(found) in (4, 8):
+            print(json.dumps({"ask": "50%" if len(found) == 4 else "100%"}), flush=True)
+            budget = json.loads(sys.stdin.readline())
+            worker = threading.Thread(target=change, args=(budget,))
+            worker.start()
+            if len(found) == 4:
+                worker.join()
+                print(json.dumps({"budget": engine.plan.budget_bytes}), flush=True)
+                sys.stdin.readline()
+    worker.join()
+    last = engine.last_stats.logits_hash
+    same = tuple(found) == want.tokens and last == want.stats.logits_hash
+    print(json.dumps({"same": same, "seconds": seconds}), flush=True)
+"""
+
+
+@stress
+@both
+@pytest.mark.timeout(1800)
+def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) -> None:
+    """From everything in memory to half of it and back, in a group of exactly the first budget."""
+    path, _ = large
+    full = library.plan_model(path, memory_budget="100%", context_length=256).full_bytes
+    with group(full + 32 * MIB) as limit:
+        child = subprocess.Popen(
+            limit.command([sys.executable, "-c", SHRINK, str(path), PROMPT]),
+            cwd=ROOT, env=environment(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+        def say(word: str) -> dict[str, Any]:
+            child.stdin.write(json.dumps(word) + "\n")  # type: ignore[union-attr]
+            child.stdin.flush()  # type: ignore[union-attr]
+            found: dict[str, Any] = json.loads(child.stdout.readline())  # type: ignore[union-attr]
+            return found
+
+        with child:
+            assert json.loads(child.stdout.readline()) == {"ask": "50%"}  # type: ignore[union-attr]
+            before = limit.current_bytes()
+            budget = say("50%")["budget"]
+            assert limit.current_bytes() < budget < before
+            assert say("go on") == {"ask": "100%"}
+            assert limit.current_bytes() < budget, "it stays away while the model goes on"
+            assert say("100%")["same"]
+        assert child.returncode == 0
+        peak = limit.peak_bytes()
+        assert peak is None or peak < full + 32 * MIB

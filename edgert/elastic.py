@@ -1,0 +1,196 @@
+"""A memory budget that changes while the model runs: which weights go, which come, and where.
+
+Owns: the plan for another budget and the place of every tile. Pure. Must not know how pages are
+given back (storage/arena.py) nor when (engine.py).
+
+Only weights move: resident tiles, the token table, expert slots, and the ring with its read
+buffers, which a model that was opened whole needs once it streams. Context, KV cache and the most
+tokens of a pass stay.
+
+The order in which tiles go is fixed when the model is opened, and it is also their order in memory:
+resident tiles are always the first ones of it. So a smaller budget's tiles are among those of a
+larger one, no tile ever moves, and what is given back is one piece at the end. (Tiles in between
+would share huge pages with their neighbours: the kernel gives those back only when it must.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from edgert.errors import BudgetError
+from edgert.plan import Plan, Region
+from edgert.plan_parts import Need, TilePlan
+
+__all__ = ["Rooms", "elastic_bytes", "leaving_order", "resized", "rooms_of"]
+
+_RING_SLOTS = 12  # when the model was opened without a ring; the most any plan takes
+_RING_LEAST = 4
+_RING_SHARE = 6  # a ring takes 1/6 of what there is for weights, as when a model is opened
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """The most bytes that each elastic region may come to."""
+
+    resident: int
+    embedding: int
+    window: int
+    experts: int
+    staging: int  # of the read buffers that only a ring beside experts needs
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.resident + self.embedding + self.window + self.experts + self.staging
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What stays in memory: the first `tiles` tiles, the ring, experts, the token table."""
+
+    tiles: int
+    slots: int
+    expert_slots: int
+    embedding: bool
+
+
+def rooms_of(opened: Plan, need: Need) -> Rooms:
+    """The addresses to keep for an engine opened with this plan, to follow any budget."""
+    return Rooms(
+        resident=need.tile_bytes,
+        embedding=need.embedding_bytes,
+        window=_ring_slots(opened) * need.slot_bytes,
+        experts=need.expert_count * need.expert_slot_bytes,
+        staging=opened.reader_threads * opened.staging_bytes if need.experts else 0,
+    )
+
+
+def elastic_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes in use of each elastic region, named as in `Rooms`."""
+    regions = {r.name: r.nbytes for r in plan.regions}
+    more = (plan.staging_buffers - plan.reader_threads) * plan.staging_bytes
+    names = ("resident", "embedding", "window", "experts")
+    return {name: regions[name] for name in names} | {"staging": more}
+
+
+def _ring_slots(opened: Plan) -> int:
+    streamed = sum(t.stream_index >= 0 for t in opened.tiles)
+    if 0 < opened.slots < streamed - 1:  # else it was cut short by the number of tiles
+        return opened.slots
+    return max(min(_RING_SLOTS, len(opened.tiles) - 1), 2)
+
+
+def leaving_order(opened: Plan) -> tuple[int, ...]:
+    """Numbers of the tiles of a plan, the one that leaves first at the end.
+
+    What was resident when the model was opened stays longest, and of that the output head. The
+    rest follows van der Corput's sequence (the bits of a tile's rank, read backwards): the first n
+    of it are spread evenly over the pass for every n, as a short ring needs it.
+    """
+    resident = [i for i, tile in enumerate(opened.tiles) if tile.stream_index < 0]
+    streamed = [i for i, tile in enumerate(opened.tiles) if tile.stream_index >= 0]
+    order: list[int] = []
+    for group in (resident, streamed):
+        order += [i for i in group if opened.tiles[i].is_head]
+        order += _spread([i for i in group if not opened.tiles[i].is_head])
+    return tuple(order)
+
+
+def _spread(items: Sequence[int]) -> list[int]:
+    bits = max(len(items) - 1, 0).bit_length()
+    ranks = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
+    return [items[rank] for rank in ranks if rank < len(items)]
+
+
+def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
+    """The plan of an engine that was opened with the plan `opened`, for another budget in bytes.
+
+    `others`: bytes by which other engines of the process have grown since then. Raises
+    `BudgetError` with the smallest budget this engine can come down to.
+    """
+    process = replace(opened.regions[0], nbytes=opened.regions[0].nbytes + others)
+    assert process.name == "process"
+    opened = replace(opened, regions=(process, *opened.regions[1:]))
+    reading = opened.reader_threads * opened.staging_bytes
+    fixed = opened.total_bytes - sum(elastic_bytes(opened).values())
+    order = leaving_order(opened)
+    sizes = [opened.tiles[i].nbytes for i in order]
+    kept = _keep(need, sizes, budget - fixed, reading, _ring_slots(opened))
+    plan = _plan(opened, need, order, kept)
+    if plan.total_bytes > budget:
+        raise BudgetError(
+            budget, plan.total_bytes, replace(plan, budget_bytes=budget).table(),
+            "a shorter context or pass needs less, but only a model that is loaded again has it",
+        )  # fmt: skip
+    return replace(plan, budget_bytes=budget)
+
+
+def _keep(need: Need, sizes: Sequence[int], room: int, reading: int, ring: int) -> _Kept:
+    """What stays in `room` bytes: tiles first, then experts, then the token table; or the least."""
+    record = need.expert_slot_bytes
+    least = min(need.expert_count, need.experts_per_token)
+    left = room - least * record
+    tiles, slots = len(sizes), 0
+    ring = min(ring, max(_RING_LEAST, left // _RING_SHARE // need.slot_bytes))
+    streaming = ring * need.slot_bytes + (reading if need.experts else 0)
+    smallest = min(streaming, sum(sizes))  # of the two ways to hold the tiles
+    if sum(sizes) > left and len(sizes) >= 3 and (streaming <= left or smallest == streaming):
+        tiles = _prefix(sizes, left - streaming)
+        tiles = min(tiles, len(sizes) - 3)  # no ring turns with fewer tiles
+        slots = min(ring, len(sizes) - tiles - 1)
+        left -= streaming
+    left -= sum(sizes[:tiles])
+    more = max(left, 0) // record if record else 0
+    expert_slots = min(need.expert_count, least + more)
+    left -= (expert_slots - least) * record
+    whole = slots == 0 and expert_slots == need.expert_count
+    return _Kept(tiles, slots, expert_slots, whole and need.embedding_bytes <= left)
+
+
+def _prefix(sizes: Sequence[int], room: int) -> int:
+    """How many of the first `sizes` fit in `room`."""
+    for count, size in enumerate(sizes):
+        room -= size
+        if room < 0:
+            return count
+    return len(sizes)
+
+
+def _plan(opened: Plan, need: Need, order: Sequence[int], kept: _Kept) -> Plan:
+    """`opened` with other weights in memory; its budget is not looked at."""
+    stays = set(order[: kept.tiles])
+    tiles: list[TilePlan] = []
+    count = 0
+    for i, tile in enumerate(opened.tiles):
+        tiles.append(replace(tile, stream_index=-1 if i in stays else count))
+        count += i not in stays
+    buffers = opened.reader_threads * (2 if need.experts and kept.slots else 1)
+    more = (buffers - opened.staging_buffers) * opened.staging_bytes
+    regions = {r.name: r for r in opened.regions}
+    new = {
+        "resident": sum(t.nbytes for t in tiles if t.stream_index < 0),
+        "embedding": need.embedding_bytes if kept.embedding else 0,
+        "window": kept.slots * need.slot_bytes,
+        "experts": kept.expert_slots * need.expert_slot_bytes,
+        "staging": regions["staging"].nbytes + more,
+    }
+    why = {
+        "resident": f"{kept.tiles} of {len(tiles)} matrix tiles",
+        "window": f"{kept.slots} slots for streamed tiles",
+        "experts": f"{kept.expert_slots} of {need.expert_count} expert records",
+        "staging": f"{buffers} read buffers, one token row",
+    }
+    weights = ("resident", "embedding", "experts")
+    return replace(
+        opened,
+        regions=tuple(
+            Region(r.name, new.get(r.name, r.nbytes), why.get(r.name, r.why))
+            for r in opened.regions
+        ),
+        tiles=tuple(tiles), slots=kept.slots, slot_bytes=need.slot_bytes,
+        expert_slots=kept.expert_slots, staging_buffers=buffers,
+        embedding_resident=kept.embedding,
+        resident_bytes=opened.resident_bytes + sum(new[n] - regions[n].nbytes for n in weights),
+        streamed_bytes=sum(t.extent.nbytes for t in tiles if t.stream_index >= 0),
+    )  # fmt: skip

@@ -1,0 +1,171 @@
+"""Guessed tokens: drafts against their slow twin, what passes cost, and when guessing pays.
+
+Clocks are made up. That guesses change nothing is in test_speculation_session.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from edgert.speculation import LONGEST, Draft, PassCosts, PromptLookup, Speculator, lookup_ref
+
+# ------------------------------------------------------------------------ prompt lookup
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 3, 10, 600])
+def test_lookup_is_its_twin(alphabet: int) -> None:
+    rng = random.Random(alphabet)
+    for length, most in [(0, 3), (1, 3), (2, 1), (3, 3), (40, 15), (150, 7), (150, 0)]:
+        lookup, tokens = PromptLookup(walk=10**6), list[int]()
+        for _ in range(length):
+            tokens.append(rng.randrange(alphabet))
+            draft = lookup.draft(tokens, most)
+            assert draft.tokens == lookup_ref(tokens, most), tokens
+            assert len(draft.kinds) == len(draft.tokens)
+
+
+def test_lookup_takes_the_longest_match_then_the_latest() -> None:
+    lookup = PromptLookup()
+    draft = lookup.draft([9, 1, 2, 3, 50, 2, 3, 60, 2, 3, 70, 1, 2, 3], 2)
+    assert draft == Draft([50, 2], [3, 4])
+    assert PromptLookup().draft([2, 3, 60, 2, 3, 70, 2, 3], 1) == Draft([70], [2])
+    assert PromptLookup().draft([1, 2, 3], 4) == Draft()
+
+
+def test_lookup_runs_into_its_own_copy() -> None:
+    assert PromptLookup().draft([5, 6, 7, 5, 6], 7).tokens == [7, 5, 6, 7, 5, 6, 7]
+    draft = PromptLookup().draft([8] * 40, 3)
+    assert draft == Draft([8] * 3, [LONGEST] * 3)
+
+
+def test_lookup_looks_at_a_bounded_number_of_places_in_bounded_memory() -> None:
+    """The latest two of many matches are not those with a long one."""
+    long = [1, 2, 3, 4, 5, 6, 7]
+    tokens = [*long, 40, 6, 7, 41, 6, 7, 42, *long]
+    assert PromptLookup(walk=3).draft(tokens, 1).tokens == [40]
+    assert PromptLookup(walk=2).draft(tokens, 1).tokens == [42]
+    lookup, tokens = PromptLookup(), list(range(10_000)) * 2
+    assert lookup.draft(tokens, 2).tokens == [0, 1]
+    held = [value for value in vars(lookup).values() if hasattr(value, "itemsize")]
+    assert sum(len(a) * a.itemsize for a in held) == 4 * len(tokens) + 64 * 1024
+
+
+# ------------------------------------------------------------------------ what passes cost
+
+
+def test_a_pass_of_one_is_timed_first() -> None:
+    costs = PassCosts(0.5)
+    costs.add(3, 4.0)
+    assert costs.table(4) == []
+    costs.add(1, 2.0)
+    assert costs.table(2) == [0, 2, 3]
+
+
+def test_costs_are_medians_and_others_follow_from_them() -> None:
+    costs = PassCosts(0.5)
+    for seconds in (2.0, 90.0, 2.0):
+        costs.add(1, seconds)
+    assert costs.table(3) == pytest.approx([0, 2, 3, 4])
+    costs.add(3, 2.2)
+    costs.add(5, 8.2)
+    assert costs.table(6) == pytest.approx([0, 2, 2.1, 2.2, 5.2, 8.2, 9.75])
+    costs.add(4, 99.0)  # a stutter: a shorter pass never costs more
+    costs.add(1000, 50.0)  # a prefill
+    assert costs.table(5) == pytest.approx([0, 2, 2.1, 2.2, 8.2, 8.2])
+
+
+def test_costs_are_forgotten() -> None:
+    costs = PassCosts(0.0)
+    costs.add(1, 1.0)
+    costs.add(2, 9.0)
+    assert costs.table(2) == [0, 1, 9]
+    for _ in range(200):
+        costs.add(1, 1.0)
+    assert costs.table(2) == [0, 1, 1]
+    for _ in range(200):
+        costs.add(3, 1.0)
+    assert costs.table(2) == []
+
+
+# ------------------------------------------------------------------------ when it pays
+
+
+def simulate(text: Sequence[int], start: int, seconds: Callable[[int], float]) -> tuple[float, int]:
+    """Says `text` from `start` on with guesses, on a clock of its own: seconds, tokens guessed."""
+    costs = PassCosts(0.1)
+    speculator = Speculator(PromptLookup(), costs, 15)
+    at, clock, drafted = start, 0.0, 0
+    while at < len(text):
+        draft = speculator.draft(text[:at], len(text) - at - 1)
+        right = 0
+        while right < len(draft) and draft[right] == text[at + right]:
+            right += 1
+        clock += seconds(1 + len(draft))
+        costs.add(1 + len(draft), seconds(1 + len(draft)))
+        speculator.learn(text[at : at + right + 1])
+        at, drafted = at + right + 1, drafted + len(draft)
+    return clock, drafted
+
+
+def streamed(n: int) -> float:
+    return 1.0 + 0.01 * n
+
+
+def in_memory(n: int) -> float:
+    return 0.02 * max(1.0, 0.7 + 0.16 * n)
+
+
+def serial(n: int) -> float:
+    return 0.02 * n
+
+
+COSTS = [streamed, in_memory, serial]
+
+
+@pytest.mark.parametrize("seconds", COSTS)
+@pytest.mark.parametrize("alphabet", [4, 30, 500])
+def test_nothing_is_lost_where_nothing_repeats(
+    seconds: Callable[[int], float], alphabet: int
+) -> None:
+    """Random tokens; of four letters, every second guess of one token is wrong by chance."""
+    rng = random.Random(alphabet)
+    text = [rng.randrange(alphabet) for _ in range(800)]
+    clock, _ = simulate(text, 200, seconds)
+    assert clock <= 1.03 * 600 * seconds(1)
+
+
+def test_a_copy_is_as_fast_as_its_cost_allows() -> None:
+    rng = random.Random(5)
+    story = [rng.randrange(500) for _ in range(200)]
+    text = story * 3
+    plain = 400 * streamed(1)
+    assert plain / simulate(text, 200, streamed)[0] > 8
+    assert 400 * in_memory(1) / simulate(text, 200, in_memory)[0] > 2.5
+    clock, drafted = simulate(text, 200, serial)
+    assert drafted <= 60 and clock <= 1.03 * 400 * serial(1)
+
+
+def test_guessing_begins_again_when_the_text_repeats_again() -> None:
+    """While nothing is verified, what would have been right is still seen."""
+    rng = random.Random(6)
+    misleading = [x for _ in range(150) for x in (1, 2, 3, 4, 5, rng.randrange(10, 500))]
+    story = [rng.randrange(500, 900) for _ in range(100)]
+    text = [*misleading, *story, *story]
+    first = len(misleading) + len(story)
+    whole, _ = simulate(text, 100, in_memory)
+    before, _ = simulate(text[:first], 100, in_memory)
+    assert 100 * in_memory(1) / (whole - before) > 2
+
+
+def test_passes_too_short_to_be_worth_a_guess() -> None:
+    costs = PassCosts(0.1)
+    speculator = Speculator(PromptLookup(), costs, 15)
+    text = [1, 2, 3] * 30
+    assert speculator.draft(text, 8) == []  # a pass of one is timed first
+    costs.add(1, 1e-2)
+    assert speculator.draft(text, 8)
+    costs.add(1, 1e-4)
+    assert speculator.draft(text, 8) == []
