@@ -12,9 +12,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
+from edgert.cli.options import (
+    ModelOptions,
+    debug_options,
+    json_option,
+    load_options,
+    trace_option,
+)
 from edgert.cli.progress import Progress
 from edgert.cli.report import print_csv, print_json
+from edgert.cli.timeline import recorded
 
 __all__ = ["bench"]
 
@@ -75,6 +82,12 @@ def _model_was_typed() -> bool:
     help="The Python that has llama-cpp-python; by default the one that runs edgert.",
 )
 @click.option(
+    "--baseline-model",
+    type=click.Path(path_type=Path),
+    metavar="GGUF",
+    help="Another file for llama.cpp, of the same shape; it cannot read an .edgert file.",
+)
+@click.option(
     "--kernels",
     is_flag=True,
     help="Measure the matrix kernels instead of a model, against the limits of the machine.",
@@ -101,12 +114,14 @@ def _model_was_typed() -> bool:
     help="The text that --speculate continues; by default one that repeats, and one that does not.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+@trace_option
 @json_option
 @debug_options
 def bench(
     options: ModelOptions,
     baseline: str | None,
     baseline_python: str | None,
+    baseline_model: Path | None,
     kernels: bool,
     attention: bool,
     formats: str | None,
@@ -114,6 +129,7 @@ def bench(
     prompt_file: Path | None,
     as_csv: bool,
     as_json: bool,
+    trace: Path | None,
     **sizes: Any,
 ) -> None:
     """Measure prefill, decode and reading speed.
@@ -122,8 +138,9 @@ def bench(
     and thread count. --baseline measures llama.cpp beside edgert, --kernels and --attention parts
     of edgert against the limits of the machine.
     """
-    if baseline_python is not None and baseline is None:
-        raise click.UsageError("--baseline-python needs --baseline llamacpp")
+    for name, value in (("python", baseline_python), ("model", baseline_model)):
+        if value is not None and baseline is None:
+            raise click.UsageError(f"--baseline-{name} needs --baseline llamacpp")
     if kernels + attention + speculate + (baseline is not None) > 1:
         raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
     if prompt_file is not None and not speculate:
@@ -132,6 +149,8 @@ def bench(
         raise click.UsageError("--kernels and --attention measure without a model")
     if formats is not None and not kernels:
         raise click.UsageError("--formats needs --kernels")
+    if trace is not None and (kernels or attention or baseline is not None):
+        raise click.UsageError("--trace records a model: without --kernels and the like")
     if as_csv and as_json:
         raise click.UsageError("give --csv or --json, not both")
     with Progress() as progress:
@@ -151,7 +170,7 @@ def bench(
             from edgert.cli.bench_baseline import compare, comparison_text
             from edgert.cli.bench_model import Sizes
 
-            found = compare(options, Sizes(**sizes), baseline_python, progress)
+            found = compare(options, Sizes(**sizes), baseline_python, baseline_model, progress)
             rows, text = found["rows"], comparison_text
         elif speculate:
             from edgert.cli.bench_model import Sizes
@@ -162,7 +181,8 @@ def bench(
         else:
             from edgert.cli.bench_model import Sizes, bench_model, model_text
 
-            found = bench_model(options, Sizes(**sizes), progress)
+            with recorded(trace) as timeline:
+                found = bench_model(options, Sizes(**sizes), progress, timeline)
             rows, text = [found], model_text
     if as_csv:
         print_csv(rows)

@@ -28,7 +28,7 @@ from edgert.cli.options import ModelOptions
 from edgert.cli.progress import Progress
 from edgert.cli.report import table
 
-__all__ = ["compare", "comparison_text"]
+__all__ = ["EngineWorker", "compare", "comparison_text", "worker_commands"]
 
 _REPEATS = 5  # of a batch row in a trial, each being one short pass
 _REST_SECONDS = 0.05  # OpenMP's threads spin for some milliseconds after a pass
@@ -38,7 +38,7 @@ _WORKER = Path(__file__).with_name("bench_worker.py")
 _Case = tuple[str, list[int], list[int], bool]  # row, past, tokens, one by one
 
 
-class _Worker:
+class EngineWorker:
     """An engine in its own process; `ask` measures one request."""
 
     def __init__(self, name: str, argv: Sequence[str], env: dict[str, str]) -> None:
@@ -95,15 +95,23 @@ class _Worker:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return ": ".join([f"exit code {self._child.returncode}", *lines[-1:]])
 
+    def kill(self) -> None:
+        """End the process now; may be called from another thread while it is asked."""
+        self._child.kill()
+
     def close(self) -> None:
         """End the process."""
-        self._child.kill()
+        self.kill()
         with self._child, self._errors:
             pass
 
 
-def _commands(
-    options: ModelOptions, threads: int, context_length: int, python: str | None
+def worker_commands(
+    options: ModelOptions,
+    threads: int,
+    context_length: int,
+    python: str | None,
+    theirs: Path,
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Name -> command and environment of both processes; llama.cpp first, as it may be missing."""
     settings: dict[str, Any] = {
@@ -125,31 +133,43 @@ def _commands(
         return [interpreter, str(_WORKER), engine, json.dumps(chosen)]
 
     return {
-        "llama.cpp": (command(python or sys.executable, "llamacpp", settings), there),
+        "llama.cpp": (
+            command(python or sys.executable, "llamacpp", settings | {"path": str(theirs)}),
+            there,
+        ),
         "edgert": (command(sys.executable, "edgert", ours), here),
     }
 
 
 def compare(
-    options: ModelOptions, sizes: Sizes, python: str | None, progress: Progress
+    options: ModelOptions,
+    sizes: Sizes,
+    python: str | None,
+    baseline_model: Path | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Measure all rows with both engines; the object that --json prints.
 
-    `python`: the interpreter that has llama-cpp-python, by default this one. Raises `InputError`
-    when it has not, and what `edgert.plan_model` raises.
+    `python`: the interpreter that has llama-cpp-python, by default this one. `baseline_model`: its
+    file, by default the same. Raises `InputError` when either cannot be used, and what
+    `edgert.plan_model` raises.
     """
+    theirs = baseline_model or options.path
+    if theirs.suffix == ".edgert":
+        raise InputError(f"llama.cpp cannot read {theirs}; name a GGUF with --baseline-model")
     plan = options.plan()
     prompt = sizes.prompt(plan.context_length)
     needed = max(prompt, PAST + max(sizes.gen_tokens, *sizes.batches)) + 1
     context = options.context_length or needed
     if needed > context:
         raise ContextError(needed, context)
-    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_gguf(options.path).metadata)
+    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(options.path).metadata)
     text = some_text(tokenizer, needed)
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, EngineWorker] = {}
     with ExitStack() as stack:
-        for name, (argv, env) in _commands(options, plan.threads, context, python).items():
-            workers[name] = _Worker(name, argv, env)
+        commands = worker_commands(options, plan.threads, context, python, theirs)
+        for name, (argv, env) in commands.items():
+            workers[name] = EngineWorker(name, argv, env)
             stack.callback(workers[name].close)
             workers[name].wait_ready(progress.update)
         progress.close()
@@ -160,6 +180,7 @@ def compare(
         progress.close()
         return {
             "model": options.path.name,
+            "baseline_model": theirs.name,
             "machine": f"{platform.machine()} {platform.system()}",
             "cores": os.cpu_count(),
             "threads": plan.threads,
@@ -171,7 +192,11 @@ def compare(
 
 
 def _measure(
-    ours: _Worker, theirs: _Worker, cases: Sequence[_Case], trials: int, progress: Progress
+    ours: EngineWorker,
+    theirs: EngineWorker,
+    cases: Sequence[_Case],
+    trials: int,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {}
     top: dict[tuple[str, str], int] = {}
@@ -229,6 +254,8 @@ def comparison_text(found: dict[str, Any]) -> str:
         for row in rows
     ]
     title = f"{found['model']}, {found['threads']} threads, against {found['baseline']}"
+    if found["baseline_model"] != found["model"]:
+        title += f" on {found['baseline_model']}"
     agreed = sum(row["same_next_token"] for row in rows)
     return (
         f"{title}\n{table(header, lines)}\n"

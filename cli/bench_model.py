@@ -24,7 +24,7 @@ from edgert.cli.progress import Progress
 from edgert.cli.report import table
 
 if TYPE_CHECKING:
-    from edgert import Engine, RunStats, Tokenizer
+    from edgert import Engine, RunStats, Timeline, Tokenizer
 
 __all__ = ["PAST", "Sizes", "bench_model", "model_text", "some_text"]
 
@@ -65,13 +65,15 @@ def some_text(tokenizer: Tokenizer, count: int) -> list[int]:
     return (tokens * -(-count // len(tokens)))[:count]
 
 
-def bench_model(options: ModelOptions, sizes: Sizes, progress: Progress) -> dict[str, Any]:
+def bench_model(
+    options: ModelOptions, sizes: Sizes, progress: Progress, timeline: Timeline | None = None
+) -> dict[str, Any]:
     """Measure a model under its plan; the object that --json prints. Ctrl-C is `click.Abort`.
 
     Kernels are compiled while the model loads, outside of what is measured.
     """
-    cold = drop_page_cache(edgert.read_gguf(options.path).files)
-    with options.load(progress) as engine:
+    cold = drop_page_cache(edgert.read_manifest(options.path).files)
+    with options.load(progress, timeline=timeline) as engine:
         prompt = some_text(engine.tokenizer, sizes.prompt(engine.context_length))
         progress.close()
         runs = []
@@ -148,6 +150,9 @@ def _result(options: ModelOptions, engine: Engine, runs: list[Answer]) -> dict[s
         "trials": len(trials),
         "prefill_tok_s": median("prefill_tok_s"),
         "decode_tok_s": median("decode_tok_s"),
+        # None where `edgert plan` or `edgert doctor` never profiled this machine.
+        "predicted_decode_tok_s": trials[0].predicted_tok_s or None,
+        # What the device allows if nothing but reading took time; None when nothing is read.
         "roof_tok_s": statistics.median(roofs) if ratios else None,
         "share_of_roof": statistics.median(ratios) if ratios else None,
         "read_bytes_per_token": median("read_bytes_per_token"),

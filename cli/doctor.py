@@ -20,7 +20,7 @@ __all__ = ["doctor", "doctor_text"]
 @json_option
 @debug_options
 def doctor(model: Path | None, as_json: bool) -> None:
-    """Look at the machine: CPU, threads, memory, disk, kernel cache.
+    """Look at the machine: CPU, threads, memory, disk, kernel cache, device profile.
 
     Measures how fast memory and the disk under MODEL are read. Ends with code 1 when something
     keeps edgert from working; a warning does not. Each problem comes with what to do.
@@ -58,6 +58,7 @@ def doctor_text(facts: dict[str, Any]) -> str:
         f"{cache['kernels'] - cache['current_kernels']} of {cache['stale_keys']} others, "
         f"{format_bytes(cache['bytes'])}" + ("" if cache["writable"] else ", not writable"),
     }
+    lines |= _profile_lines(facts["profile"])
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
     text.append("")
@@ -66,6 +67,29 @@ def doctor_text(facts: dict[str, Any]) -> str:
     if not facts["problems"]:
         text.append("no problems found")
     return "\n".join(text)
+
+
+def _profile_lines(profile: dict[str, Any] | None) -> dict[str, str]:
+    """What `edgert plan` predicts speeds with."""
+    if profile is None:
+        return {"profile": "not measured; `edgert plan` with this model does so"}
+    reads = (
+        f"{format_bytes(r['request_bytes'])} x {r['readers']} {r['bytes_per_s'] / 1e9:.2f}"
+        for r in profile["reads"]
+    )
+    busy = f"{_rate(profile['busy_read_bytes_per_s'])} while all cores compute, which leaves them "
+    lines = {
+        "profile": profile["file"] or "measured now, and nowhere to keep it",
+        "reads": f"{', '.join(reads)} GB/s",
+        "reads, busy": f"{busy}{100 * profile['busy_memory_share']:.0f} % of memory's rate",
+    }
+    for name, rate in profile["kernels"].items():
+        lines[f"kernel {name}"] = (
+            f"a token {_rate(rate['token_bytes_per_s'])}, a prompt "
+            f"{rate['batch_macs_per_s'] / 1e9:.0f} GMAC/s, repacking "
+            f"{_rate(rate['repack_bytes_per_s'])} a thread"
+        )
+    return lines
 
 
 def _rate(value: float | None) -> str:

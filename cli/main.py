@@ -26,6 +26,7 @@ _COMMANDS = {  # in the order of the help page; each is the attribute `command` 
     "chat": ("edgert.cli.run", "chat", "Like run, with the model's chat template."),
     "plan": ("edgert.cli.plan", "plan", "Show where every byte of a memory budget goes."),
     "show": ("edgert.cli.show", "show", "Show what is in a model file."),
+    "pack": ("edgert.cli.pack", "pack", "Make a model file ready for streaming."),
     "bench": ("edgert.cli.bench", "bench", "Measure prefill, decode and reading speed."),
     "stress": ("edgert.cli.stress", "stress", "Run under real memory limits and compare."),
     "doctor": ("edgert.cli.doctor", "doctor", "Look at CPU, threads, memory, disk and cache."),

@@ -37,6 +37,7 @@ __all__ = [
     "model_argument",
     "parse_budget",
     "sampling_options",
+    "trace_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,13 +110,17 @@ class ModelOptions:
 
         Raises `BudgetError` below the floor.
         """
-        return edgert.plan_model(
-            self.path,
-            memory_budget=self._budget if budget is None else budget,
-            context_length=self.context_length,
-            threads=self.threads,
-            kv_cache_type=self.kv_cache_type,
-        )
+        chosen = {} if budget is None else {"memory_budget": budget}
+        return edgert.plan_model(self.path, **self.for_plan() | chosen)
+
+    def for_plan(self) -> dict[str, Any]:
+        """The options that decide a plan, by their names in the API."""
+        return {
+            "memory_budget": self._budget,
+            "context_length": self.context_length,
+            "threads": self.threads,
+            "kv_cache_type": self.kv_cache_type,
+        }
 
     def full_and_floor(self) -> tuple[int, int]:
         """Bytes with all weights in memory, and the smallest budget that works."""
@@ -139,15 +144,7 @@ class ModelOptions:
         def show(what: str, done: int, total: int) -> None:
             progress.update(done, total, what)
 
-        return edgert.load(
-            self.path,
-            memory_budget=self._budget,
-            context_length=self.context_length,
-            threads=self.threads,
-            kv_cache_type=self.kv_cache_type,
-            on_progress=show,
-            **more,
-        )
+        return edgert.load(self.path, on_progress=show, **self.for_plan(), **more)
 
 
 def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> Budget | None:
@@ -252,7 +249,7 @@ def model_argument(function: F) -> F:
         "model",
         type=path,
         metavar="FILE",
-        help="The model's GGUF file, as an option; the bundled model when none is named.",
+        help="The model's file, .gguf or .edgert, as an option; by default the bundled model.",
     )(wrapper)
     argument = click.argument("model_file", metavar="[MODEL]", required=False, type=path)
     return cast(F, argument(with_option))
@@ -308,6 +305,17 @@ def load_options_without_budget(function: F) -> F:
     ):
         decorated = option(decorated)
     return cast(F, decorated)
+
+
+def trace_option(function: F) -> F:
+    """Add --trace; the command gets `trace`, a path or None."""
+    return _option(
+        "--trace",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Write what happened when (reads, waits, every operation) as Chrome trace events, "
+        "for ui.perfetto.dev; the newest 30 or so tokens of a large model.",
+    )(function)
 
 
 def json_option(function: F) -> F:

@@ -1,28 +1,43 @@
-"""`edgert plan`: where every byte of a memory budget goes, before anything is loaded."""
+"""`edgert plan`: where every byte of a memory budget goes, and how fast that will be."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from edgert import BudgetError
+import edgert
+from edgert import BudgetError, format_bytes
 from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
-from edgert.cli.report import print_json
+from edgert.cli.progress import Progress
+from edgert.cli.report import atomic_file, note, print_json, require_matplotlib, table
 
-__all__ = ["plan"]
+if TYPE_CHECKING:
+    from edgert import Forecast
+
+__all__ = ["forecast_text", "plan"]
 
 
 @click.command()
 @load_options
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Write a PNG of predicted speed by budget."
+)
 @json_option
 @debug_options
-def plan(options: ModelOptions, as_json: bool) -> None:
-    """Show where every byte of a memory budget goes.
+def plan(options: ModelOptions, plot: Path | None, as_json: bool) -> None:
+    """Show where every byte of a memory budget goes, and how fast that will be.
 
-    Only the header of the file is read. A budget that cannot work ends with exit code 5 and the
-    smallest budget that does.
+    Only the header of the file is read. The first time on a machine and disk, reading, memory and
+    kernels are measured for some seconds; the figures are kept. A budget that cannot work ends
+    with exit code 5 and the smallest budget that does.
     """
+    if plot is not None:
+        require_matplotlib()
     try:
-        found = options.plan()
+        found = _forecast(options)
     except BudgetError as error:
         if as_json:
             print_json(
@@ -37,7 +52,87 @@ def plan(options: ModelOptions, as_json: bool) -> None:
         # The table is on stdout now; the message alone follows on stderr.
         error.args = (str(error).partition("\n\n")[0],)
         raise
+    if plot is not None:
+        _plot(plot, options.path.name, found)
     if as_json:
-        print_json({"feasible": True, **found.to_dict()})
+        print_json({"feasible": True, **found.plan.to_dict(), **found.to_dict()})
     else:
-        click.echo(found.table())
+        click.echo(forecast_text(found))
+
+
+def _forecast(options: ModelOptions) -> Forecast:
+    told = False
+    with Progress() as progress:
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal told
+            if not told and what.startswith("measuring"):
+                told = True
+                progress.close()
+                note(f"{what}: once, some seconds")
+            elif not told:
+                progress.update(done, total, what)
+
+        found = edgert.forecast(options.path, on_progress=show, **options.for_plan())
+    if not found.profile_kept:
+        logging.getLogger("edgert").debug(
+            "the cache folder cannot be written: the machine is measured each time"
+        )
+    return found
+
+
+def forecast_text(found: Forecast) -> str:
+    """The regions, the speed to expect, and the curve over budgets."""
+    plan, guess = found.plan, found.prediction
+    share = 100 * plan.resident_bytes / plan.budget_bytes
+    about = "about " if guess.even_routing else ""
+    read = f"{format_bytes(plan.streamed_bytes)} read in every pass"
+    if guess.even_routing:
+        read = "missing experts are read as they are chosen"
+    limit: str = guess.limit
+    if limit == "flash":
+        limit += f" at {guess.device_bytes_per_s / 1e9:.2f} GB/s"
+    lines = [
+        plan.table(),
+        "",
+        f"weights  {format_bytes(plan.resident_bytes)} resident, {share:.0f} % of the budget; "
+        f"{read}",
+        f"prefill  {about}{guess.prefill_tok_s:.4g} tok/s, {guess.prompt_tokens} tokens in "
+        f"{guess.first_token_seconds:.2g} s",
+        f"decode   {about}{guess.decode_tok_s:.3g} tok/s, limited by {limit}",
+        "",
+    ]
+    header = ("budget", "resident", "read a pass", "prefill tok/s", "decode tok/s", "limit")
+    return "\n".join(lines) + "\n" + table(header, [_row(point) for point in found.curve])
+
+
+def _row(point: Any) -> tuple[str, ...]:
+    return (
+        format_bytes(point.budget_bytes),
+        format_bytes(point.resident_bytes),
+        format_bytes(point.streamed_bytes),
+        f"{point.prefill_tok_s:.4g}",
+        f"{point.decode_tok_s:.3g}",
+        point.limit,
+    )
+
+
+def _plot(path: Path, title: str, found: Forecast) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    budgets = [point.budget_bytes / 2**20 for point in found.curve]
+    figure, decode = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    decode.plot(budgets, [p.decode_tok_s for p in found.curve], "o-", color="tab:blue")
+    decode.axvline(found.plan.budget_bytes / 2**20, color="gray", linestyle=":")
+    decode.set(xlabel="memory budget (MiB)", title=f"{title}, predicted", ylim=(0, None))
+    decode.set_ylabel("decode (tokens/s)", color="tab:blue")
+    prefill = decode.twinx()
+    prefill.plot(budgets, [p.prefill_tok_s for p in found.curve], "s-", color="tab:red")
+    prefill.set(ylim=(0, None))
+    prefill.set_ylabel("prefill (tokens/s)", color="tab:red")
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=150)
+    pyplot.close(figure)

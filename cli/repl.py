@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +19,8 @@ from edgert import EdgertError, __version__, follow_pressure, format_bytes
 from edgert.cli.answer import Answer, answer
 from edgert.cli.options import SAMPLING, ModelOptions
 from edgert.cli.progress import Progress
-from edgert.cli.report import note, stats_line
+from edgert.cli.report import memory_text, note, stats_line
+from edgert.cli.timeline import recorded
 
 if TYPE_CHECKING:
     from edgert import Engine
@@ -38,6 +40,7 @@ _HELP = '''\
 /stats                         the figures of the last answer
 /budget                        memory promised and memory used
 /budget SIZE                   another budget from now on: 600MiB, 50%
+/memory                        the same region by region, and what the system counts
 /exit, /bye                    leave (Ctrl-D too)
 """                            starts and ends a text of several lines
 Ctrl-C                         stops the answer and keeps the conversation'''
@@ -59,10 +62,15 @@ def converse(
     history: bool,
     quiet: bool,
     adaptive: bool = False,
+    trace: Path | None = None,
 ) -> None:
     """Load the model and talk until the user leaves."""
     read = line_reader(history)
-    with Progress() as progress, options.load(progress) as engine:
+    with (
+        recorded(trace) as timeline,
+        Progress() as progress,
+        options.load(progress, timeline=timeline) as engine,
+    ):
         progress.close()
         if not quiet:
             note(f"edgert {__version__}, {options.path.name}. /help lists the commands.")
@@ -224,10 +232,10 @@ class Conversation:
 
     def _show(self, what: str) -> None:
         if what == "info":
-            from edgert import read_gguf
+            from edgert import read_manifest
             from edgert.cli.show import describe, facts_text
 
-            note(facts_text(describe(read_gguf(self.options.path))))
+            note(facts_text(describe(read_manifest(self.options.path))))
         elif what == "parameters":
             lines = [f"{name} = {value}" for name, value in self.sampling.items()]
             note("\n".join(lines) or "all at the model's defaults")
@@ -251,6 +259,9 @@ class Conversation:
             f"{format_bytes(memory.resident_bytes)}, peak {format_bytes(memory.peak_bytes)}"
         )
 
+    def _memory(self, _: str) -> None:
+        note(memory_text(self.engine.memory()))
+
     def _leave(self, _: str) -> None:
         raise _Leave(0)
 
@@ -264,6 +275,7 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
     "/show": Conversation._show,
     "/stats": Conversation._stats,
     "/budget": Conversation._budget,
+    "/memory": Conversation._memory,
     "/exit": Conversation._leave,
     "/bye": Conversation._leave,
 }

@@ -20,9 +20,18 @@ import click
 from edgert import InputError, format_bytes
 
 if TYPE_CHECKING:
-    from edgert import RunStats
+    from edgert import MemoryReport, RunStats
 
-__all__ = ["atomic_file", "note", "print_csv", "print_json", "stats_line", "table"]
+__all__ = [
+    "atomic_file",
+    "memory_text",
+    "note",
+    "print_csv",
+    "print_json",
+    "require_matplotlib",
+    "stats_line",
+    "table",
+]
 
 
 def stats_line(stats: RunStats) -> str:
@@ -54,6 +63,30 @@ def stats_line(stats: RunStats) -> str:
         f"#{stats.logits_hash[:8]}",
     ]
     return "  ".join(parts)
+
+
+def memory_text(memory: MemoryReport) -> str:
+    """A table of the regions, planned and held, and a line of what the system counts."""
+    rows = [
+        (name, format_bytes(planned), format_bytes(memory.held[name]))
+        for name, planned in memory.planned.items()
+        if planned
+    ]
+    planned, held = sum(memory.planned.values()), sum(memory.held.values())
+    rows.append(("sum", format_bytes(planned), format_bytes(held)))
+    group = memory.cgroup
+    counted = {
+        "budget": memory.budget_bytes, "resident": memory.resident_bytes,
+        "peak": memory.peak_bytes, "anonymous": memory.anonymous_bytes,
+        "mapped files": memory.file_bytes, "page cache of the model": memory.page_cache_bytes,
+    }  # fmt: skip
+    if group is not None:
+        counted |= {
+            "cgroup": group.usage_bytes, "its anonymous": group.anonymous_bytes,
+            "its page cache": group.file_bytes, "its kernel memory": group.kernel_bytes,
+        }  # fmt: skip
+    words = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in counted.items())
+    return f"{table(('region', 'planned', 'held'), rows)}\n{words}"
 
 
 def note(text: str) -> None:
@@ -114,3 +147,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_matplotlib() -> None:
+    """Raise `InputError` where --plot cannot work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'edgert[plot]'") from None

@@ -22,9 +22,11 @@ from edgert.cli.options import (
     json_option,
     load_options,
     sampling_options,
+    trace_option,
 )
 from edgert.cli.progress import Progress
 from edgert.cli.report import note, print_json, stats_line
+from edgert.cli.timeline import recorded
 
 __all__ = ["chat", "run"]
 
@@ -43,6 +45,7 @@ class _Request:
     history: bool
     display_prompt: bool | None
     adaptive: bool
+    trace: Path | None
 
 
 def _prompt_options(function: Any) -> Any:
@@ -76,7 +79,9 @@ def _prompt_options(function: Any) -> Any:
 
 
 def _shared(function: Any) -> Any:
-    for decorate in (debug_options, json_option, sampling_options, _prompt_options, load_options):
+    for decorate in (
+        debug_options, json_option, trace_option, sampling_options, _prompt_options, load_options
+    ):  # fmt: skip
         function = decorate(function)
     return function
 
@@ -132,6 +137,7 @@ def _main(
             history=request.history,
             quiet=request.quiet,
             adaptive=request.adaptive,
+            trace=request.trace,
         )
         return
     if chat and not prompt.strip():
@@ -142,17 +148,22 @@ def _main(
             raise InputError("--system-prompt needs a conversation: use `edgert chat`")
         messages.insert(0, {"role": "system", "content": request.system})
     opening = prompt if not chat and _display(request) else ""
-    with Progress() as progress, options.load(progress) as engine:
-        with follow_pressure(engine) if request.adaptive else nullcontext():
-            found = answer(
-                engine,
-                messages if chat else prompt,
-                sampling,
-                progress,
-                opening=opening,
-                silent=request.as_json,
-            )
-    _finish(options, request, found)
+    with (
+        recorded(request.trace) as timeline,
+        Progress() as progress,
+        options.load(progress, timeline=timeline) as engine,
+        follow_pressure(engine) if request.adaptive else nullcontext(),
+    ):
+        found = answer(
+            engine,
+            messages if chat else prompt,
+            sampling,
+            progress,
+            opening=opening,
+            silent=request.as_json,
+        )
+        memory = engine.memory().to_dict() if request.as_json else None
+    _finish(options, request, found, memory)
 
 
 def _display(request: _Request) -> bool:
@@ -161,7 +172,9 @@ def _display(request: _Request) -> bool:
     return sys.stdout.isatty() if request.display_prompt is None else request.display_prompt
 
 
-def _finish(options: ModelOptions, request: _Request, found: Answer) -> None:
+def _finish(
+    options: ModelOptions, request: _Request, found: Answer, memory: dict[str, Any] | None
+) -> None:
     if request.as_json:
         print_json(
             {
@@ -170,6 +183,7 @@ def _finish(options: ModelOptions, request: _Request, found: Answer) -> None:
                 "tokens": found.tokens,
                 "finish_reason": found.finish_reason,
                 "stats": found.stats.to_dict() if found.stats else None,
+                "memory": memory,
             }
         )
     elif found.stats and not request.quiet:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edgert
-from edgert import format_bytes
+from edgert import InputError, format_bytes
 from edgert.cli.options import ModelOptions, debug_options, json_option, model_argument
+from edgert.cli.progress import Progress
 from edgert.cli.report import print_json, table
 
 if TYPE_CHECKING:
@@ -31,18 +32,32 @@ _LENGTHS = {  # our word -> the metadata key after the architecture's name
 
 @click.command()
 @model_argument
+@click.option("--verify", is_flag=True, help="Read an .edgert file and compare its checksums.")
 @json_option
 @debug_options
-def show(model: Path | None, as_json: bool) -> None:
+def show(model: Path | None, verify: bool, as_json: bool) -> None:
     """Show what is in a model file: architecture, sizes, tokenizer, licence.
 
     Only the header is read, so this works for files edgert cannot run.
     """
-    facts = describe(edgert.read_gguf(ModelOptions(model).path))
+    path = ModelOptions(model).path
+    facts = describe(edgert.read_manifest(path))
+    if verify:
+        _verify(path)
+        facts["verified"] = True
     if as_json:
         print_json(facts)
         return
     click.echo(facts_text(facts))
+
+
+def _verify(path: Path) -> None:
+    """Raises `FormatError` for a file that is not as it was written."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            raise InputError(f"{path} is a GGUF, which has no checksums; edgert pack adds them")
+    with Progress() as progress:
+        edgert.verify_pack(path, lambda done, total: progress.update(done, total, "verify"))
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -54,7 +69,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         entry = formats.setdefault(tensor.format.name, {"tensors": 0, "parameters": 0, "nbytes": 0})
         entry["tensors"] += 1
         entry["parameters"] += tensor.parameters
-        entry["nbytes"] += tensor.extent.nbytes
+        entry["nbytes"] += tensor.nbytes
     tokens = metadata.get("tokenizer.ggml.tokens")
     return {
         "files": [str(path) for path in manifest.files],

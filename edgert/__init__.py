@@ -36,16 +36,22 @@ if TYPE_CHECKING:
     from edgert.attention_bench import bench_attention
     from edgert.bench_harness import KernelFigures
     from edgert.config import SamplingParams
+    from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
-    from edgert.opening import load, plan_model, warmup
+    from edgert.opening import load, plan_model, read_manifest, warmup
+    from edgert.pack import pack_model
     from edgert.plan import Plan
+    from edgert.prediction import Prediction
     from edgert.pressure import follow_pressure
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
     from edgert.storage.manifest import Manifest
+    from edgert.storage.pack_verify import verify_pack
+    from edgert.timeline import Timeline
     from edgert.tokenizer import Tokenizer
 
 __all__ = [
@@ -54,8 +60,10 @@ __all__ = [
     "CancelledError",
     "Completion",
     "ContextError",
+    "DeviceProfile",
     "EdgertError",
     "Engine",
+    "Forecast",
     "FormatError",
     "InputError",
     "KernelFigures",
@@ -63,10 +71,12 @@ __all__ = [
     "MemoryReport",
     "ModelError",
     "Plan",
+    "Prediction",
     "RunStats",
     "SamplingParams",
     "Session",
     "StorageError",
+    "Timeline",
     "TokenEvent",
     "Tokenizer",
     "TokenizerError",
@@ -77,12 +87,17 @@ __all__ = [
     "bundled_model",
     "diagnose",
     "follow_pressure",
+    "forecast",
     "format_bytes",
     "load",
     "logits_hash",
+    "pack_model",
     "parse_bytes",
     "plan_model",
+    "profile_device",
     "read_gguf",
+    "read_manifest",
+    "verify_pack",
     "warmup",
 ]
 
@@ -90,24 +105,33 @@ __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
+    "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
+    "Prediction": "edgert.prediction",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
+    "Timeline": "edgert.timeline",
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "diagnose": "edgert.diagnosis",
     "follow_pressure": "edgert.pressure",
+    "forecast": "edgert.forecasting",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
+    "pack_model": "edgert.pack",
     "plan_model": "edgert.opening",
+    "profile_device": "edgert.forecasting",
     "read_gguf": "edgert.storage.gguf",
+    "read_manifest": "edgert.opening",
+    "verify_pack": "edgert.storage.pack_verify",
     "warmup": "edgert.opening",
 }
 

@@ -24,7 +24,7 @@ from edgert.kernels_cpu.program import Program, ProgramBuilder
 from edgert.threads import ThreadTeam
 from edgert.units import MIB
 
-__all__ = ["Case", "Harness", "KernelFigures", "measure_memory", "result_hash"]
+__all__ = ["Case", "Harness", "KernelFigures", "measure_memory", "read_case", "result_hash"]
 
 READ_BYTES = 512 * MIB  # far more than any cache
 PEAK_UNITS = 2000
@@ -90,7 +90,7 @@ class Case:
         return fastest
 
 
-def _read_case(team: ThreadTeam, data: npt.NDArray[np.uint8], sums: npt.NDArray[np.int32]) -> Case:
+def read_case(team: ThreadTeam, data: npt.NDArray[np.uint8], sums: npt.NDArray[np.int32]) -> Case:
     """Reading all of `data`, whole pieces; the sums go to int32 [threads, 16]. Keep both alive."""
     builder = ProgramBuilder()
     pieces = data.nbytes // limits.PIECE
@@ -104,7 +104,7 @@ def measure_memory(threads: int, nbytes: int = READ_BYTES) -> float:
     sums = np.zeros((threads, 16), np.int32)
     team = ThreadTeam(threads)
     try:
-        case = _read_case(team, data, sums)
+        case = read_case(team, data, sums)
         return case.nbytes / min(case.seconds() for _ in range(4))
     finally:
         team.close()
@@ -131,7 +131,7 @@ class Harness:
         if limits.DOT_MACS:
             self._limits["dot"] = self._peak(limits.dot_peak_kernel)
         # Last, just before what it is compared with.
-        self._limits["read"] = _read_case(self.team, self.arena, self._sums)
+        self._limits["read"] = read_case(self.team, self.arena, self._sums)
 
     def close(self) -> None:
         """End the threads."""

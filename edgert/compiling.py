@@ -35,7 +35,7 @@ from edgert.kernels_cpu.cache import (
 from edgert.machine import available_bytes, default_threads
 from edgert.units import MIB
 
-__all__ = ["KernelSet", "compile_apart", "is_compiled"]
+__all__ = ["KernelSet", "compile_apart", "is_compiled", "machine_parts"]
 
 SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
 CHILD_BYTES = 512 * MIB  # of budget or free memory for each child: one holds some 220 MiB
@@ -70,12 +70,16 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _stamp(wanted: KernelSet) -> Path:
-    """The file that says a set is compiled: for these sources, compiler, CPU and Python."""
-    parts = [sources_digest(), _cpu(), platform.machine(), platform.python_version(), str(wanted)]
+def machine_parts() -> list[str]:
+    """What compiled code depends on: sources, compiler, CPU and Python."""
+    parts = [sources_digest(), _cpu(), platform.machine(), platform.python_version()]
     parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
-    parts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    return parts + [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+
+
+def _stamp(wanted: KernelSet) -> Path:
+    """The file that says a set is compiled."""
+    key = hashlib.sha256("\0".join([*machine_parts(), str(wanted)]).encode()).hexdigest()[:20]
     return cache_root() / f"ready-{key}"
 
 

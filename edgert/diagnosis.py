@@ -36,9 +36,11 @@ Facts = dict[str, Any]
 
 
 def diagnose(path: str | Path | None = None) -> Facts:
-    """Facts by topic, as JSON values: versions, cpu, threads, memory, disk, cache, problems.
+    """Facts by topic, as JSON values: versions, cpu, threads, memory, disk, cache,
+    profile, problems.
 
-    `path`: the model whose folder is measured, by default the bundled one. Takes about two seconds.
+    `path`: the model whose folder is measured, by default the bundled one. Takes about two seconds,
+    and three more where the device profile is measured.
     Each problem is {"severity": "error" or "warning", "what": text, "do": text}.
     """
     problems: list[Facts] = []
@@ -51,6 +53,7 @@ def diagnose(path: str | Path | None = None) -> Facts:
         found[topic] = look(problem)
     found["memory"] = _memory(problem, found["threads"]["default"])
     found["disk"] = _disk(problem, path)
+    found["profile"] = _profile(found, path)
     found["problems"] = problems
     return found
 
@@ -216,6 +219,32 @@ def _disk(problem: _Problem, path: str | Path | None) -> Facts:
         "read_bytes_per_s": rate,
         "model_bytes": sum(opened.manifest.file_bytes),
     }
+
+
+def _profile(found: Facts, path: str | Path | None) -> Facts | None:
+    """The device profile, measured again when memory or the disk no longer do what it says."""
+    from edgert.compiling import is_compiled
+    from edgert.device_profile import drifted, load_profile, profile_path
+    from edgert.opening import open_model
+
+    memory, disk = found["memory"]["read_bytes_per_s"], found["disk"]["read_bytes_per_s"]
+    if not memory or not disk:
+        return None
+    try:
+        from edgert.profiling import ensure_profile
+
+        opened, threads = open_model(path), found["threads"]["default"]
+        if not is_compiled(opened.kernel_set("f16")):  # half a minute: not what was asked for
+            return None
+        kept = load_profile(opened.manifest.files, threads)
+        stale = kept is not None and (
+            drifted(kept.memory_bytes_per_s, memory) or drifted(kept.disk_bytes_per_s, disk)
+        )
+        profile, saved = ensure_profile(opened, threads, fresh=stale)
+    except Exception:  # kernels that do not work are reported by `_cpu`, a bad file by `_disk`
+        return None
+    where = str(profile_path(opened.manifest.files, threads)) if saved else None
+    return {"file": where, **profile.to_dict(), "disk_bytes_per_s": profile.disk_bytes_per_s}
 
 
 def _cache(problem: _Problem) -> Facts:

@@ -15,26 +15,32 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from edgert.accounting import memory_report
 from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
+from edgert.device_profile import load_profile, note_drift
 from edgert.elastic import Rooms, resized, rooms_of
 from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
 from edgert.forward import Forward
+from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
-from edgert.machine import available_bytes, peak_bytes, resident_bytes, trim_heap
+from edgert.machine import available_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
+from edgert.pages import cached_bytes
 from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
+from edgert.prediction import Prediction, predict
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.arena import Arena, promised_bytes
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
+from edgert.timeline import Span, Timeline, no_span
 from edgert.tokenizer import Tokenizer
 from edgert.units import KIB, align_up
 from edgert.weights import Weights
@@ -61,6 +67,7 @@ class Engine:
         plan: Plan,
         backend: Backend,
         on_progress: Progress | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.spec = opened.spec
         self.plan = plan
@@ -68,9 +75,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
+        self.prediction: Prediction | None = None  # None: this machine was never profiled
+        self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
             k: v for k, v in opened.manifest.metadata.items() if k.startswith("general.")
         }
+        self._files = opened.manifest.files
+        self._cached_before = cached_bytes(self._files)
         self._closed = False
         self._closing = threading.Lock()
         need = self._need = need_of(
@@ -79,9 +90,14 @@ class Engine:
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
         try:
             rooms = self._take_arena(plan, need)
-            self.weights = Weights(backend, opened.manifest, need, plan, self._arena, rooms)
+            self.weights = Weights(
+                timeline.watch(backend) if timeline else backend, opened.manifest, need, plan,
+                self._arena, rooms, self.span,
+            )  # fmt: skip
             self._held.append(self.weights.close)
+            self._timeline, self._manifest = timeline, opened.manifest
             self._open(need, on_progress)
+            self.prediction = self._predict()
         except BaseException:
             self.close()
             raise
@@ -125,16 +141,31 @@ class Engine:
             int(table.ctypes.data), plan.threads,
         )  # fmt: skip
         program, self._inner_rows = build_program(self._graph, self.weights)
-        self._describe()
+        self._describe(program, plan)
         self.forward = Forward(
-            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1]
-        )
+            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1],
+            self.span,
+        )  # fmt: skip
         self._held.append(self.forward.close)
         trim_heap()
 
-    def _describe(self) -> None:
-        addresses = {name: rows.address for name, rows in self._graph.buffers.items()}
+    def _describe(self, program: Program, plan: Plan) -> None:
+        """Tell compiled code, and the timeline, what they will walk."""
+        addresses = {name: buffer.address for name, buffer in self._graph.buffers.items()}
         self.weights.describe(self._team.streams, addresses)
+        if self._timeline:
+            self._timeline.describe(program, self._manifest, plan.total_bytes)
+            self._team.streams[rows.S_TIMELINE] = self._timeline.address
+
+    def _predict(self) -> Prediction | None:
+        """What the plan will do, if the machine was profiled, at the rate last measured."""
+        rate = self.device_bytes_per_s
+        profile = load_profile(self._files, self.plan.threads)
+        if profile is None:
+            return None
+        if rate:
+            note_drift(profile, self._files, rate)
+        return predict(self.plan, self.spec, self._manifest, profile, device_bytes_per_s=rate)
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""
@@ -146,8 +177,8 @@ class Engine:
         ):  # fmt: skip
             space = self._arena.take(buffer.name, buffer.nbytes, 64)
             floats = space[: buffer.rows * buffer.stride].view(np.float32)
-            rows = Rows(int(space.ctypes.data), buffer.stride)
-            found[buffer.name] = (rows, floats.reshape(buffer.rows, -1))
+            place = Rows(int(space.ctypes.data), buffer.stride)
+            found[buffer.name] = (place, floats.reshape(buffer.rows, -1))
             if buffer.name == "index":
                 space.view(np.int64)[:] = np.arange(space.nbytes // 8)
         return found
@@ -185,12 +216,18 @@ class Engine:
         """
         self._check_open()
         self.device_bytes_per_s = self.forward.measure_device(seconds)
+        self.prediction = self._predict()
         return self.device_bytes_per_s
 
     def memory(self) -> MemoryReport:
-        """Planned against real memory of the process."""
-        regions = {r.name: r.nbytes for r in self.plan.regions}
-        return MemoryReport(self.plan.budget_bytes, regions, resident_bytes(), peak_bytes())
+        """Planned against real memory, region by region and as the system counts it; any time."""
+        self._check_open()
+        return memory_report(self.plan, self._arena, self._files, self._cached_before)
+
+    @property
+    def page_cache_bytes(self) -> int:
+        """Page cache of the model's files, more than there was when it was opened."""
+        return max(0, cached_bytes(self._files) - self._cached_before)
 
     def set_memory_budget(self, budget: int | str | None) -> Plan:
         """Give memory back, or take more, while the engine goes on; no bit of any output changes.
@@ -223,6 +260,7 @@ class Engine:
             except BaseException:
                 stop.set()
                 raise
+            self.prediction = self._predict()
         return self.plan
 
     def smallest_budget(self) -> int:
@@ -249,7 +287,7 @@ class Engine:
         def make() -> tuple[Plan, Program]:
             program, inner = build_program(self._graph, self.weights.under(plan))
             self.weights.resize(plan, on_read)
-            self._describe()
+            self._describe(program, plan)
             self.plan, self._inner_rows = plan, inner
             return plan, program
 

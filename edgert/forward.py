@@ -24,6 +24,7 @@ from edgert.kernels_cpu.program import Program
 from edgert.plan import Plan
 from edgert.speculation import PassCosts
 from edgert.threads import ThreadTeam
+from edgert.timeline import PASS, Span, no_span
 from edgert.weights import Weights
 
 __all__ = ["Forward", "PassStats", "Ticket"]
@@ -64,12 +65,14 @@ class Forward:
         weights: Weights,
         x: _F32,
         logits: _F32,
+        span: Span = no_span,
     ) -> None:
         self._plan = plan
         self._program = program
         self._team = team
         self._weights = weights
         self._x = x  # (prefill_tokens, hidden padded)
+        self._span = span
         self._logits = logits  # (logit_rows, vocabulary padded)
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._pass = 0  # of the dense stream
@@ -203,8 +206,9 @@ class Forward:
             self._recover()
         n = len(tokens)
         self._broken = True  # until the pass has ended well
-        embedded = self._weights.token_rows(tokens)
-        self._x[:n, : embedded.shape[1]] = embedded
+        with self._span("embed", n, position):
+            embedded = self._weights.token_rows(tokens)
+            self._x[:n, : embedded.shape[1]] = embedded
         frame = self._team.frame
         frame[rows.F_N_TOKENS] = n
         frame[rows.F_POSITION] = position
@@ -215,7 +219,8 @@ class Forward:
         self._raise_if_cancelled()
         if self._change_waits:  # its stop may have come before `_recover` took it back
             return False
-        self._team.run(self._program)
+        with self._span(PASS, n, position):
+            self._team.run(self._program)
         self._weights.raise_if_failed()
         if self._team.stopped:
             self._raise_if_cancelled()

@@ -22,9 +22,10 @@ from edgert.kernels_cpu.program import Matrix, Program, ProgramBuilder, Rows, Se
 from edgert.machine import default_threads
 from edgert.quant.formats import BY_NAME, QuantFormat
 from edgert.quant.quantize import quantize_ref
+from edgert.threads import ThreadTeam
 from edgert.units import KIB, MIB
 
-__all__ = ["bench_kernels"]
+__all__ = ["Matrices", "bench_kernels"]
 
 ROWS = COLUMNS = 4096  # of a matrix
 CHAIN_BYTES = 256 * MIB  # of the matrices of one walk: far more than any cache
@@ -53,7 +54,7 @@ def bench_kernels(
             raise InputError(f"{name} is no number format; there are {' '.join(BY_NAME)}")
     harness = Harness(default_threads() if threads is None else threads)
     try:
-        bench = _Matrices(harness)
+        bench = Matrices(harness.team, harness.alone, harness.arena)
         for number, name in enumerate(names):
             if on_progress:
                 on_progress(name, number, len(names))
@@ -67,11 +68,11 @@ def bench_kernels(
         harness.close()
 
 
-class _Matrices:
-    """Weights in the arena of a harness, and activations to multiply them with."""
+class Matrices:
+    """Weights all over `arena`, and activations to multiply them with on two teams."""
 
-    def __init__(self, harness: Harness) -> None:
-        self._harness = harness
+    def __init__(self, team: ThreadTeam, alone: ThreadTeam, arena: npt.NDArray[np.uint8]) -> None:
+        self._team, self._alone, self._arena = team, alone, arena
         self._index = np.arange(GEMM_TOKENS, dtype=np.int64)
         self._y = np.zeros((GEMM_TOKENS, ROWS), np.float32)
         rng = np.random.default_rng(0)
@@ -84,16 +85,16 @@ class _Matrices:
         raw = quantize_ref(fmt, self._w)
         tile = np.zeros(layout.tile_bytes(fmt, COLUMNS), np.uint8)
         layout.repack(fmt, raw.reshape(-1), layout.TILE_ROWS, COLUMNS, tile)
-        arena = self._harness.arena
+        arena = self._arena
         whole = len(arena) // len(tile)
         arena[: whole * len(tile)].reshape(whole, -1)[:] = tile
 
     def cases(self, fmt: QuantFormat) -> list[Case]:
         """What is measured of a format: batches from memory, a large one, one token from cache."""
-        team, macs = self._harness.team, ROWS * COLUMNS
+        team, macs = self._team, ROWS * COLUMNS
         peak = "dot" if takes_quantized_input(fmt) else "fma"
         matrix = layout.matrix_bytes(fmt, ROWS, COLUMNS)
-        count = -(-CHAIN_BYTES // matrix)
+        count = min(-(-CHAIN_BYTES // matrix), len(self._arena) // matrix)
         chain = self._chain(fmt, ROWS, [i * matrix for i in range(count)])
         found = [Case(chain, team, n, count * matrix, count * n * macs, peak=peak) for n in BATCHES]
         one = self._chain(fmt, ROWS, [0])
@@ -102,7 +103,16 @@ class _Matrices:
         nbytes = layout.matrix_bytes(fmt, n_rows, COLUMNS) * _CACHE_REPEATS
         small = self._chain(fmt, n_rows, [0] * _CACHE_REPEATS)
         macs = n_rows * COLUMNS * _CACHE_REPEATS
-        return [*found, Case(small, self._harness.alone, 1, nbytes, macs, "L2", peak)]
+        return [*found, Case(small, self._alone, 1, nbytes, macs, "L2", peak)]
+
+    def limit_cases(self, fmt: QuantFormat) -> tuple[Case, Case]:
+        """What limits decoding and what limits a prompt: one token from memory, many tokens."""
+        one, *_, many, _ = self.cases(fmt)
+        return one, many
+
+    def small_case(self, fmt: QuantFormat, count: int) -> Case:
+        """`count` products of one tile of rows each, a barrier between: next to no arithmetic."""
+        return Case(self._chain(fmt, layout.TILE_ROWS, [0] * count), self._team, 1, 0, 0)
 
     def _chain(self, fmt: QuantFormat, n_rows: int, offsets: Sequence[int]) -> Program:
         """Matrices of `n_rows` at `offsets` of the arena, one after another, a barrier between."""
@@ -111,7 +121,7 @@ class _Matrices:
         outputs = Rows(self._y.ctypes.data, self._y.strides[0])
         builder = ProgramBuilder()
         for offset in offsets:
-            address = self._harness.arena.ctypes.data + offset
+            address = self._arena.ctypes.data + offset
             matrix = Matrix(fmt, COLUMNS, (Segment(layout.tile_count(n_rows), address),))
             builder.matmul(matrix, inputs, outputs, self._index.ctypes.data)
             builder.barrier()
@@ -126,7 +136,7 @@ class _Matrices:
     def repack(self, fmt: QuantFormat, trials: int) -> KernelFigures:
         """How fast one thread turns rows of a file into tiles, in bytes of the file."""
         raw = np.tile(quantize_ref(fmt, self._w), (REPACK_ROWS // layout.TILE_ROWS, 1))
-        out = self._harness.arena[: layout.matrix_bytes(fmt, REPACK_ROWS, COLUMNS)]
+        out = self._arena[: layout.matrix_bytes(fmt, REPACK_ROWS, COLUMNS)]
         times = []
         for _ in range(trials + 1):
             begin = time.perf_counter()

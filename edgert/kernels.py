@@ -17,7 +17,7 @@ from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.matmul import matmul_kernel
 from edgert.kernels_cpu.repack import repack_blocks
 from edgert.kernels_cpu.team import begin_walk_kernel, serve_kernel
-from edgert.quant.formats import BY_NAME
+from edgert.quant.formats import BY_NAME, PLANES
 
 __all__ = ["compile_here", "kernels_of"]
 
@@ -33,7 +33,7 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
     if wanted.experts:
         found += [moe.moe_route_kernel, moe.moe_combine_kernel]
     for name in wanted.formats:
-        found.append(matmul_kernel(BY_NAME[name]))
+        found.append(matmul_kernel((BY_NAME | PLANES)[name]))
     return list(dict.fromkeys(found))
 
 

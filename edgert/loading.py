@@ -7,9 +7,11 @@ not know how weights are read or text is made.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from edgert.budget import resolve_budget
 from edgert.config import LoadOptions
+from edgert.device_profile import DeviceProfile, load_profile
 from edgert.errors import ModelError, UnsupportedError
 from edgert.machine import (
     available_bytes,
@@ -24,7 +26,7 @@ from edgert.plan_parts import Need
 from edgert.storage.arena import absent_bytes
 from edgert.units import MIB
 
-__all__ = ["make_plan", "process_bytes"]
+__all__ = ["make_plan", "planner", "process_bytes"]
 
 # What the process itself holds beside the arena: interpreter, NumPy, Numba and LLVM, tokenizer and
 # compiled kernels, and what they allocate while running. Measured 107 MiB after loading; the plan
@@ -47,9 +49,10 @@ def process_bytes(opened: Opened, *, measured: bool) -> int:
     return expected + GROWTH_BYTES
 
 
-def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
-    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
-
+def planner(
+    opened: Opened, options: LoadOptions, process: int, profile: DeviceProfile | None
+) -> Callable[[int], Plan]:
+    """A function from a budget in bytes to the plan for these options."""
     needs: dict[int, Need] = {}
 
     def plan_for(budget: int) -> Plan:
@@ -61,10 +64,17 @@ def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
             kv_cache_type=options.kv_cache_type,
         )
         try:
-            return plan_memory(opened.spec, opened.manifest, wanted, process, needs)
+            return plan_memory(opened.spec, opened.manifest, wanted, process, needs, profile)
         except (ModelError, UnsupportedError) as error:
             raise type(error)(f"{opened.path}: {error}") from None
 
+    return plan_for
+
+
+def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
+    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
+    profile = load_profile(opened.manifest.files, options.threads or default_threads())
+    plan_for = planner(opened, options, process, profile)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,15 +19,20 @@ import psutil
 from edgert.units import MIB
 
 __all__ = [
+    "CgroupMemory",
+    "ProcessMemory",
     "allowed_cores",
     "available_bytes",
     "cgroup_limit_bytes",
+    "cgroup_memory",
+    "cgroup_usage_bytes",
     "cpu_quota",
     "default_threads",
     "high_events",
     "memory_domains",
     "memory_stall_seconds",
     "peak_bytes",
+    "process_memory",
     "release_cache",
     "resident_bytes",
     "trim_heap",
@@ -73,6 +79,60 @@ def cgroup_limit_bytes() -> int | None:
             if value is not None and value < _UNLIMITED:
                 limits.append(value)
     return min(limits) if limits else None
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMemory:
+    """What the kernel charges to this process's own cgroup, everybody in it included."""
+
+    usage_bytes: int  # the sum that is held against the limit
+    anonymous_bytes: int
+    file_bytes: int  # page cache: libraries too, mapped or not, where this group read them first
+    kernel_bytes: int  # page tables, sockets and the like
+
+
+def cgroup_usage_bytes() -> int | None:
+    """What the innermost memory cgroup of this process is charged, or None without one."""
+    for folder in _cgroup_paths("memory")[:1]:
+        return _read_int(folder / "memory.current") or _read_int(folder / "memory.usage_in_bytes")
+    return None
+
+
+def cgroup_memory() -> CgroupMemory | None:
+    """The innermost memory cgroup's figures, v1 or v2, or None without one."""
+    usage = cgroup_usage_bytes()
+    if usage is None:
+        return None
+    folder = _cgroup_paths("memory")[0]
+    stat: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            key, value = line.split()
+            stat[key] = int(value)
+    kernel = stat.get("kernel", 0) or _read_int(folder / "memory.kmem.usage_in_bytes") or 0
+    anonymous = stat.get("anon", stat.get("total_rss", 0))
+    return CgroupMemory(usage, anonymous, stat.get("file", stat.get("total_cache", 0)), kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """The resident size of this process and its parts; parts are 0 where the system has none."""
+
+    resident_bytes: int
+    anonymous_bytes: int = 0
+    file_bytes: int = 0
+    shared_bytes: int = 0
+
+
+def process_memory() -> ProcessMemory:
+    """This process's memory in DRAM now, from one reading."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        names = ("VmRSS", "RssAnon", "RssFile", "RssShmem")
+        parts = [1024 * int(values[name].split()[0]) for name in names]
+        return ProcessMemory(*parts)
+    return ProcessMemory(resident_bytes())
 
 
 def _cgroup_domains() -> list[tuple[int, int]]:

@@ -17,17 +17,20 @@ from edgert.config import LoadOptions
 from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
-from edgert.models.tensors import check_tensors
+from edgert.models.tensors import TensorNeed, check_tensors
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
+from edgert.storage.model_file import read_magic
+from edgert.storage.pack import MAGIC, read_pack
 from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgert.engine import Engine
     from edgert.plan import Plan
     from edgert.storage.backend import Backend
+    from edgert.timeline import Timeline
 
-__all__ = ["Opened", "load", "open_model", "plan_model", "warmup"]
+__all__ = ["Opened", "load", "open_model", "plan_model", "read_manifest", "warmup"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
 
@@ -49,8 +52,17 @@ class Opened:
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
         formats = {t.format for t in self.manifest.tensors.values() if len(t.shape) > 1}
-        names = tuple(f.name for f in sorted(formats, key=lambda f: f.type_id))
+        names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
         return KernelSet(names, kv_cache_type, self.spec.is_moe)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The index of a GGUF model or an `.edgert` pack, told apart by how the file begins.
+
+    Reads no weight. Raises `ModelError`, `FormatError` and `UnsupportedError`, as `read_gguf`.
+    """
+    is_pack = read_magic(Path(path), len(MAGIC)) == MAGIC
+    return read_pack(path) if is_pack else read_gguf(path)
 
 
 def open_model(path: str | Path | None = None) -> Opened:
@@ -61,15 +73,23 @@ def open_model(path: str | Path | None = None) -> Opened:
     import edgert
 
     path = Path(edgert.bundled_model() if path is None else path)
-    manifest = read_gguf(path)
+    manifest = read_manifest(path)
     try:
         spec = spec_from_manifest(manifest.metadata, manifest.tensors)
-        check_tensors(spec, manifest.tensors)
+        needs = check_tensors(spec, manifest.tensors)
+        _check_layouts(needs, manifest)
     except FormatError:
         raise
     except (ModelError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from None
     return Opened(path, manifest, spec)
+
+
+def _check_layouts(needs: dict[str, TensorNeed], manifest: Manifest) -> None:
+    """What is read row by row must be there in rows."""
+    for need in needs.values():
+        if need.kind in ("vector", "embedding") and manifest.tensors[need.name].layout != "rows":
+            raise ModelError(f"tensor {need.name!r} is in tiles, but is read in rows")
 
 
 def load(
@@ -82,8 +102,9 @@ def load(
     prefill_tokens: int | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
+    timeline: Timeline | None = None,
 ) -> Engine:
-    """Open a GGUF model within `memory_budget`; the bundled model when no path is given.
+    """Open a GGUF model or an `.edgert` pack within `memory_budget`; by default the bundled one.
 
     `memory_budget`: bytes, "1.5GiB", or "50%" of what the whole model needs in memory; None is what
     the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:
@@ -91,6 +112,7 @@ def load(
     `kv_cache_type`: "f16" or "f32"; `prefill_tokens`: most tokens of one pass. None lets the plan
     choose. `on_progress(what, done, to_do)` is called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
+    `timeline` records what the engine does.
 
     Raises `BudgetError` before any weight is read, `ModelError`, `UnsupportedError`, `InputError`,
     `StorageError`.
@@ -118,7 +140,7 @@ def load(
         files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
     else:
         files = backend(manifest.files)
-    return Engine(opened, tokenizer, plan, files, on_progress)
+    return Engine(opened, tokenizer, plan, files, on_progress, timeline)
 
 
 def _bytes_of(budget: int | str | None) -> int | None:

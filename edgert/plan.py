@@ -16,10 +16,10 @@ first, so that a pass never ends in streamed tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
 
+from edgert.device_profile import DeviceProfile
 from edgert.errors import BudgetError, ContextError
 from edgert.models.spec import ModelSpec
 from edgert.plan_parts import (
@@ -30,8 +30,10 @@ from edgert.plan_parts import (
     measure,
     need_of,
 )
+from edgert.plan_policy import LARGE, USUAL, fastest_pass, large_requests, rates_of
+from edgert.plan_records import Plan, PlanOptions, Region
 from edgert.storage.manifest import Manifest
-from edgert.units import MIB, format_bytes
+from edgert.units import MIB
 
 __all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
 
@@ -51,11 +53,10 @@ class Shape:
     readers: int  # reader threads of each stream, with a buffer each
 
 
-# From comfortable to frugal. Direct reads reach the device's rate from 256 KiB on; larger tiles
-# cost fewer hand-overs. Six readers read and repack in
-# turn: 91-93 % of the disk's rate where four reached 74-84 % (1.8 GB in 600 MiB, disk at 1 GB/s).
+# From comfortable to frugal. Tiles of 1 MiB reach what those of 2 MiB do (1.00 GB/s of a disk at
+# 1 GB/s, 2.0 of one at 2.3), in 16 MiB instead of 36.
 _SHAPES = (
-    Shape(256, 12, 2 * MIB, 6), Shape(128, 12, 2 * MIB, 6), Shape(64, 12, MIB, 4),
+    Shape(256, 10, MIB, 6), Shape(128, 10, MIB, 6), Shape(64, 10, MIB, 6),
     Shape(32, 12, MIB // 2, 4), Shape(16, 8, MIB // 4, 4), Shape(8, 6, MIB // 4, 3),
     Shape(1, 4, MIB // 8, 2),
 )  # fmt: skip
@@ -71,103 +72,22 @@ class Kept:
     embedding: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What the caller asks for; None lets the planner choose."""
-
-    budget_bytes: int
-    threads: int
-    context_length: int | None = None
-    prefill_tokens: int | None = None
-    kv_cache_type: str = "f16"
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A named part of the budget."""
-
-    name: str
-    nbytes: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Every byte edgert will hold, and what it reads each pass."""
-
-    budget_bytes: int
-    regions: tuple[Region, ...]
-    floor_bytes: int  # the smallest budget that works with these options
-    full_bytes: int  # the budget at which no weight is read twice
-    context_length: int
-    prefill_tokens: int  # most tokens of one pass
-    logit_rows: int  # most of them whose logits one pass can give
-    threads: int
-    reader_threads: int
-    kv_cache_type: str
-    tile_bytes: int  # about the size of a tile
-    tiles: tuple[TilePlan, ...] = field(repr=False)
-    slots: int = 0  # of the ring; 0 when nothing is streamed
-    slot_bytes: int = 0
-    expert_slots: int = 0
-    expert_slot_bytes: int = 0
-    staging_bytes: int = 0  # of each read buffer
-    staging_buffers: int = 0  # one a reader thread of each stream
-    embedding_resident: bool = False
-    resident_bytes: int = 0  # weights in memory, expert slots included
-    streamed_bytes: int = 0  # read from flash in every pass
-    expert_bytes: int = 0  # of one expert in the file
-    weight_bytes: int = 0  # of all tensors in the file
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum of all regions; never above the budget."""
-        return sum(r.nbytes for r in self.regions)
-
-    def region(self, name: str) -> Region:
-        """The region with this name."""
-        return next(r for r in self.regions if r.name == name)
-
-    def table(self) -> str:
-        """The regions as text, one a line, with the reason for each size."""
-        width = max(len(r.name) for r in self.regions)
-        lines = [
-            f"{r.name:<{width}}  {format_bytes(r.nbytes):>10}  {r.why}"
-            for r in self.regions
-            if r.nbytes
-        ]
-        total = f"{'total':<{width}}  {format_bytes(self.total_bytes):>10}  "
-        lines.append(f"{total}of a budget of {format_bytes(self.budget_bytes)}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values for JSON; tiles are left out."""
-        names = (
-            "budget_bytes", "total_bytes", "floor_bytes", "full_bytes", "resident_bytes",
-            "streamed_bytes", "expert_bytes", "weight_bytes", "context_length", "prefill_tokens",
-            "logit_rows", "threads", "reader_threads", "kv_cache_type", "slots", "slot_bytes",
-            "expert_slots", "expert_slot_bytes", "staging_bytes", "embedding_resident",
-        )  # fmt: skip
-        plain: dict[str, Any] = {name: getattr(self, name) for name in names}
-        plain["regions"] = [
-            {"name": r.name, "nbytes": r.nbytes, "why": r.why} for r in self.regions
-        ]
-        return plain
-
-
 def plan_memory(
     spec: ModelSpec,
     manifest: Manifest,
     options: PlanOptions,
     process_bytes: int,
     needs: dict[int, Need] | None = None,
+    profile: DeviceProfile | None = None,
 ) -> Plan:
     """Lay out every byte edgert will hold. Pure.
 
     `process_bytes`: interpreter, libraries, compiled kernels and tokenizer, as measured or
     expected. `needs` keeps what was measured of this model for a second plan with the same threads
-    and KV cache type. Raises `BudgetError` with the table of the smallest plan when the budget
-    cannot hold it, `ContextError` when more context is asked for than the model was made for.
+    and KV cache type. `profile` decides how long a pass and how large a read pay where weights are
+    streamed; without one, the rates of a usual small machine do. Raises `BudgetError` with the
+    table of the smallest plan when the budget cannot hold it, `ContextError` when more context is
+    asked for than the model was made for.
     """
     longest = spec.max_position_embeddings
     if options.context_length is not None and options.context_length > longest:
@@ -176,7 +96,7 @@ def plan_memory(
     fixed = options.prefill_tokens
     shapes = [
         replace(shape, tokens=min(shape.tokens if fixed is None else fixed, longest))
-        for shape in _SHAPES
+        for shape in _suited(_SHAPES, profile)
     ]
     needs = {} if needs is None else needs
     layout = _Layout(spec, manifest, options, process_bytes, needs)
@@ -193,7 +113,7 @@ def plan_memory(
         hint = "" if options.context_length is None else "a shorter --ctx-size needs less"
         table = replace(frugal, budget_bytes=options.budget_bytes).table()
         raise BudgetError(options.budget_bytes, floor_bytes, table, hint)
-    chosen = _choose(layout, contexts, shapes)
+    chosen = _choose(layout, contexts, shapes, profile)
     assert chosen.total_bytes <= options.budget_bytes
     return replace(chosen, floor_bytes=floor_bytes, full_bytes=full.total_bytes)
 
@@ -204,7 +124,24 @@ def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
     return sorted({min(value, most) for value in usual}, reverse=True)
 
 
-def _choose(layout: _Layout, contexts: Sequence[int], shapes: Sequence[Shape]) -> Plan:
+def _suited(shapes: Sequence[Shape], profile: DeviceProfile | None) -> list[Shape]:
+    """The shapes with the requests that the device wants."""
+    if not large_requests(profile):
+        return list(shapes)
+    return [
+        replace(shape, tile_bytes=LARGE[0], readers=LARGE[1])
+        if (shape.tile_bytes, shape.readers) == USUAL
+        else shape
+        for shape in shapes
+    ]
+
+
+def _choose(
+    layout: _Layout,
+    contexts: Sequence[int],
+    shapes: Sequence[Shape],
+    profile: DeviceProfile | None,
+) -> Plan:
     """The most comfortable plan that fits: everything resident if at all possible.
 
     Candidates are compared by their sums; tiles are laid out for the one that is taken. (Laying
@@ -217,15 +154,17 @@ def _choose(layout: _Layout, contexts: Sequence[int], shapes: Sequence[Shape]) -
             for shape in shapes:
                 sums = layout.sums(context, shape, everything)
                 modest = sums.comfort_bytes <= room // _COMFORT
-                modest &= len(contexts) == 1 or sums.kv_bytes <= room // _CONTEXT_SHARE
+                modest &= context == contexts[-1] or sums.kv_bytes <= room // _CONTEXT_SHARE
                 if sums.total_bytes > budget or not (
                     modest or (everything and shape.tokens >= _ENOUGH_TOKENS)
                 ):
                     continue
+                if not everything:
+                    shape = layout.with_fastest_pass(context, shape, profile)
                 plan = layout.plan(context, shape, everything=everything)
                 if plan.total_bytes <= budget:
                     return plan
-    return layout.plan(contexts[-1], shapes[-1])
+    return layout.plan(contexts[-1], layout.with_fastest_pass(contexts[-1], shapes[-1], profile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +174,7 @@ class _Sums:
     total_bytes: int  # at least
     kv_bytes: int
     comfort_bytes: int  # activations, ring and staging
+    streamed_bytes: int  # about; in memory
 
 
 class _Layout:
@@ -276,7 +216,25 @@ class _Layout:
         else:
             window = shape.slots * need.slot_bytes + (reading if need.experts else 0)
         comfort = sizes.activation_bytes + reading + window
-        return _Sums(fixed + window, sizes.kv_bytes, comfort)
+        total = fixed + window
+        left = self.options.budget_bytes - total
+        streamed = max(need.tile_bytes - left, 0) if window else 0
+        return _Sums(total, sizes.kv_bytes, comfort, streamed)
+
+    def with_fastest_pass(self, context: int, shape: Shape, profile: DeviceProfile | None) -> Shape:
+        """The shape with as many tokens in a pass as pay; unchanged where the caller chose them."""
+        need = self.need(shape.tile_bytes)
+        if self.options.prefill_tokens is not None or need.experts:
+            return shape
+
+        def streamed(tokens: int) -> int | None:
+            found = self.sums(context, replace(shape, tokens=tokens), everything=False)
+            return found.streamed_bytes if found.total_bytes <= self.options.budget_bytes else None
+
+        rates = rates_of(profile, self.options.threads)
+        most = min(context, self.spec.max_position_embeddings)
+        tokens = fastest_pass(streamed, need.tile_bytes, need.weights, rates)
+        return shape if tokens is None else replace(shape, tokens=min(tokens, most))
 
     def plan(
         self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False

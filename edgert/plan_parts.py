@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from edgert.errors import UnsupportedError
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
@@ -19,7 +20,7 @@ from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT, aligned_range
-from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
@@ -65,6 +66,7 @@ class ExpertRecord:
     up_offset: int
     down_offset: int
     nbytes: int
+    is_packed: bool = False  # the file holds each expert as its slot will
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Need:
     inputs: Inputs
     tiles: tuple[TilePlan, ...]
     tile_bytes: int  # of all of them
+    weights: int  # number of weights in them
     experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
     threads: int
     kv_cache_type: str
@@ -132,7 +135,7 @@ def need_of(
     experts = _records(spec, needs, manifest)
     parts = [aligned_range(t.extent, ALIGNMENT)[1] for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
-    raw = [sum(_expert_extent(manifest, n, 0).nbytes for n in r.tensors) for r in experts]
+    raw = [sum(p.nbytes for p in expert_parts(r, manifest, 0)) for r in experts]
     staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
@@ -144,7 +147,8 @@ def need_of(
     row = embedding.format.row_bytes(embedding.shape[1])
     return Need(
         spec=spec, needs=needs, inputs=inputs_of(_by_role(needs, manifest, spec), quantized),
-        tiles=tuple(tiles), tile_bytes=sum(t.nbytes for t in tiles), experts=experts,
+        tiles=tuple(tiles), tile_bytes=sum(t.nbytes for t in tiles),
+        weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
         slot_bytes=align_up(max(t.nbytes for t in tiles), ALIGNMENT),
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
@@ -176,7 +180,11 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     entry = manifest.tensors[name]
     rows, columns = entry.shape
     group = tile_bytes(entry.format, columns)
-    step = TILE_ROWS * max(1, size // group)
+    count = max(1, size // group)
+    if entry.layout == "tiles":  # of whole pages, so that nothing is read twice
+        even = ALIGNMENT // gcd(ALIGNMENT, group)
+        count = max(even, count // even * even)
+    step = TILE_ROWS * count
     nbytes = matrix_bytes(entry.format, step, columns)
     return [
         TilePlan(
@@ -209,27 +217,38 @@ def _records(
                 f"{names[0]} is {formats[0].name} and {names[1]} is {formats[1].name}: "
                 "gate and up of an expert must both be quantised or both be floating point"
             )
+        starts = (0, sizes[0], sizes[0] + sizes[1])
         records.append(
             ExpertRecord(
                 (names[0], names[1], names[2]),
                 (formats[0], formats[1], formats[2]),
-                sizes[0],
-                sizes[0] + sizes[1],
+                starts[1],
+                starts[2],
                 sum(sizes),
+                _is_packed([manifest.tensors[n] for n in names], starts, sum(sizes)),
             )
         )
     return tuple(records)
 
 
-def _expert_extent(manifest: Manifest, name: str, expert: int) -> Extent:
-    entry = manifest.tensors[name]
-    rows = entry.shape[1]
-    return entry.rows(expert * rows, (expert + 1) * rows)
+def _is_packed(entries: Sequence[TensorEntry], starts: Sequence[int], nbytes: int) -> bool:
+    """True when gate, up and down of an expert lie in the file as in its slot, `nbytes` in all."""
+    first = entries[0]
+    return all(
+        e.layout == "tiles"
+        and nbytes <= e.stride == first.stride
+        and e.extent.file_index == first.extent.file_index
+        and e.extent.offset == first.extent.offset + start
+        for e, start in zip(entries, starts, strict=True)
+    )
 
 
 def expert_parts(record: ExpertRecord, manifest: Manifest, expert: int) -> tuple[Extent, ...]:
-    """What to read for one expert: its slices of gate, up and down."""
-    return tuple(_expert_extent(manifest, name, expert) for name in record.tensors)
+    """What to read for one expert: its slices of gate, up and down, or its record in a pack."""
+    parts = tuple(manifest.tensors[name].matrix(expert) for name in record.tensors)
+    if not record.is_packed:
+        return parts
+    return (Extent(parts[0].file_index, parts[0].offset, record.nbytes),)
 
 
 def measure(need: Need, context: int, tokens: int) -> Sizes:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from edgert.machine import CgroupMemory
 
 __all__ = ["Completion", "FinishReason", "MemoryReport", "RunStats", "TokenEvent", "logits_hash"]
 
@@ -40,9 +43,11 @@ class RunStats:
     read_bytes_per_token: float  # while decoding
     read_bytes_per_s: float  # while decoding
     device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
+    predicted_tok_s: float  # of decoding, from the device profile; 0 when unknown
     stall_share: float  # of decode time that compute waited for weights
     resident_bytes: int  # weights in memory
     peak_bytes: int  # of the whole process
+    page_cache_bytes: int  # of the model's files, more than when it was opened
     logits_hash: str  # of the last logits
     seed: int
 
@@ -76,9 +81,30 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Planned against real memory, in bytes."""
+    """Planned against real memory, in bytes; see accounting.py for how they compare."""
 
     budget_bytes: int
-    planned: dict[str, int]  # region -> bytes
+    planned: dict[str, int]  # region -> bytes it may hold
+    held: dict[str, int]  # region -> bytes of it that are in memory; they add up to the next
     resident_bytes: int  # of the process now
     peak_bytes: int  # of the process so far
+    anonymous_bytes: int  # of the resident ones: what is in no file; 0 where unknown
+    file_bytes: int  # of libraries and other files, mapped; 0 where unknown
+    shared_bytes: int  # of shared memory; 0 where unknown
+    cgroup: CgroupMemory | None  # None outside of one
+    page_cache_bytes: int  # of the model's files, more than when it was opened
+
+    @property
+    def difference_bytes(self) -> int:
+        """What the cgroup is charged beside page cache, less what is resident beside mapped files.
+
+        At most `accounting.AGREEMENT_BYTES` either way where the cgroup holds this process alone.
+        """
+        if self.cgroup is None:
+            return 0
+        charged = self.cgroup.usage_bytes - self.cgroup.file_bytes
+        return charged - (self.resident_bytes - self.file_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"difference_bytes": self.difference_bytes}

@@ -115,6 +115,7 @@ class _Meter:
         decode_read = read - self._decode[1] if decoded else 0
         plan = self._engine.plan
         computed = self._prompt_tokens - self._reused
+        prediction = self._engine.prediction
         return RunStats(
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self._reused,
@@ -130,9 +131,11 @@ class _Meter:
             read_bytes_per_token=decode_read / decoded if decoded else 0.0,
             read_bytes_per_s=decode_read / decode if decoded and decode > 0 else 0.0,
             device_bytes_per_s=self._engine.device_bytes_per_s,
+            predicted_tok_s=prediction.decode_tok_s if prediction else 0.0,
             stall_share=(stalled - self._decode[2]) / decode if decoded and decode > 0 else 0.0,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),
+            page_cache_bytes=self._engine.page_cache_bytes,
             logits_hash="" if self._logits is None else logits_hash(self._logits),
             seed=self._seed,
         )
@@ -220,7 +223,8 @@ class Session:
                 return
             sampled: list[int] = []
             for row, guess in zip(logits, [*drafted, None], strict=True):
-                token = sampler.sample(row, tokens)
+                with engine.span("sample"):
+                    token = sampler.sample(row, tokens)
                 sampled.append(token)
                 meter.token_sampled(row, token == guess)
                 yield token
@@ -242,7 +246,8 @@ class Session:
                     finish = "stop"
                     break
                 self.tokens.append(token)
-                text = matcher.push(decoder.push(token))
+                with engine.span("detokenize"):
+                    text = matcher.push(decoder.push(token))
                 if matcher.stopped or meter.generated >= limit:
                     finish = "stop" if matcher.stopped else "length"
                     text += "" if matcher.stopped else matcher.push(decoder.flush())

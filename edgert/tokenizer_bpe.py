@@ -77,6 +77,7 @@ class BpeEncoder:
             raise TokenizerError(
                 "a byte-level vocabulary needs tokenizer.ggml.merges; there is none"
             )
+        pre.split("")  # loads its library now, 5 MiB, so that the memory plan counts it
         ids = {text: token for token, text in enumerate(table.texts)}
         self._bytes = [ids.get(c, -1) for c in byte_alphabet()]
         self._pairs = _pairs(table, ids)

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from edgert.elastic import Rooms, elastic_bytes, leaving_order
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.layout import TILE_ROWS, repack, tile_bytes
+from edgert.kernels_cpu.layout import TILE_ROWS, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
+from edgert.placing import place_expert, place_rows
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan, expert_parts
 from edgert.quant.reference import dequantize_ref
@@ -31,6 +32,7 @@ from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import ReaderTeam
 from edgert.storage.streamer import Streamer, Tile
 from edgert.storage.window import Window
+from edgert.timeline import Span, no_span, place_in_file
 from edgert.units import align_up
 
 __all__ = ["Weights"]
@@ -51,9 +53,11 @@ class Weights:
         plan: Plan,
         arena: Arena,
         rooms: Rooms | None = None,
+        span: Span = no_span,
     ) -> None:
         """`rooms`: addresses to keep so that `resize` can follow other plans."""
         self._backend = backend
+        self._span = span
         self._manifest = manifest
         self._need = need
         self._plan = plan
@@ -180,7 +184,10 @@ class Weights:
 
     def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
         entry = self._manifest.tensors[tile.tensor]
-        repack(entry.format, raw, tile.rows, entry.shape[1], out[: tile.nbytes])
+        name = "place resident" if tile.stream_index < 0 else "place tile"
+        at = place_in_file(tile.extent.file_index, tile.extent.offset)
+        with self._span(name, at, tile.nbytes):
+            place_rows(entry, tile.rows, raw, out[: tile.nbytes])
 
     def _make_streamers(self) -> None:
         """Both streamers of the plan as it is; `reset` sets them going."""
@@ -267,11 +274,8 @@ class Weights:
 
     def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
         record = self._need.experts[layer]
-        starts = (0, record.up_offset, record.down_offset)
-        for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
-            n_rows, columns = self._manifest.tensors[name].shape[1:]
-            nbytes = -(-n_rows // TILE_ROWS) * tile_bytes(fmt, columns)
-            repack(fmt, part, n_rows, columns, slot[start : start + nbytes])
+        with self._span("place expert", layer, expert):
+            place_expert(record, self._manifest, raw, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
@@ -301,7 +305,7 @@ class Weights:
                 segments[-1] = Segment(last.tiles + tiles, last.address)
             else:
                 segments.append(Segment(tiles, address))
-        return Matrix(entry.format, entry.shape[1], tuple(segments))
+        return Matrix(entry.format, entry.shape[1], tuple(segments), name)
 
     def expert_record(self, layer: int) -> Experts:
         """Formats and offsets of a layer's experts."""

@@ -26,6 +26,7 @@ from edgert.kernels_cpu.atomic import (
     store_release,
 )
 from edgert.kernels_cpu.jit import inline
+from edgert.kernels_cpu.recording import record
 from edgert.kernels_cpu.waiting import NAP_US, barrier, chunk_of, relax, stopped
 
 __all__ = ["group_pairs", "run_experts"]
@@ -211,16 +212,21 @@ def activate_wave(op: int, frame: int, streams: int, cell: int, tid: int) -> Non
 
 @inline
 def run_experts(
-    op: int, frame: int, counters: int, tid: int, threads: int, control: int, streams: int
+    op: int, frame: int, counters: int, tid: int, threads: int, control: int, streams: int, row: int
 ) -> bool:
     """Compute every group of the layer, resident ones first, in waves of whatever has arrived.
 
-    Needs three counter cells of its own at the row's COUNTER. False when the run was stopped.
+    Needs three counter cells of its own at the row's COUNTER; `row` is its number, for the
+    timeline. False when the run was stopped.
     """
+    timeline = arg(streams, rows.S_TIMELINE)
+    arrived = ready = done = 0
     n_experts = arg(op, rows.E_N_EXPERTS)
     cells = counters + arg(op, rows.COUNTER)
     left_at = control + rows.C_LEFT * rows.CELL
     while True:
+        if timeline != 0:
+            arrived = now_ns()
         if tid == 0:
             begin = now_ns()
             spins = 0
@@ -234,6 +240,8 @@ def run_experts(
                 store_int(stall, load_int(stall) + now_ns() - begin)
         if not barrier(control, streams, threads):
             return False
+        if timeline != 0:
+            ready = now_ns()
         multiply_wave(op, streams, cells, True, n_experts, threads)
         if not barrier(control, streams, threads):
             return False
@@ -241,11 +249,15 @@ def run_experts(
         if not barrier(control, streams, threads):
             return False
         multiply_wave(op, streams, cells + 2 * rows.CELL, False, n_experts, threads)
+        if timeline != 0:
+            done = now_ns()
         if not barrier(control, streams, threads):
             return False
         if tid == 0:
             store_int(left_at, finish_wave(streams, n_experts))
         if not barrier(control, streams, threads):
             return False
+        if timeline != 0:
+            record(timeline, row, tid, arrived, ready, done)
         if load_acquire(left_at) == 0:
             return True

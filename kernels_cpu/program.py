@@ -50,6 +50,7 @@ class Matrix:
     format: QuantFormat
     columns: int
     segments: tuple[Segment, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +73,25 @@ class Program:
     rows: npt.NDArray[np.int64]
     counter_bytes: int
     kernels: tuple[Kernel, ...]  # kept alive: rows hold their addresses
+    names: tuple[str, ...]  # of each row, for people
 
 
 class ProgramBuilder:
-    """Collects rows in execution order; `finish` gives the program."""
+    """Collects rows in execution order; `finish` gives the program.
+
+    `section` begins the names of the rows that follow.
+    """
 
     def __init__(self) -> None:
+        self.section = ""
+        self._names: list[str] = []
         self._rows: list[npt.NDArray[np.int64]] = []
         self._kernels: list[Kernel] = []
         self._cells = 0
 
-    def _row(self, kind: int, kernel: Kernel | None, cells: int = 1) -> npt.NDArray[np.int64]:
+    def _row(
+        self, kind: int, kernel: Kernel | None, name: str, cells: int = 1
+    ) -> npt.NDArray[np.int64]:
         row = np.zeros(rows.OP_FIELDS, np.int64)
         row[rows.KIND] = kind
         row[rows.TILE] = -1
@@ -92,6 +101,7 @@ class ProgramBuilder:
             self._kernels.append(kernel)
         self._cells += cells
         self._rows.append(row)
+        self._names.append(name)
         return row
 
     def barrier(self) -> None:
@@ -102,7 +112,7 @@ class ProgramBuilder:
         self, kernel: Kernel, arguments: Sequence[int], units: int, chunk: int = CHUNK_MAX
     ) -> None:
         """Run an op kernel over `units` units for every token, at most `chunk` at a time."""
-        row = self._row(rows.CALL, kernel)
+        row = self._row(rows.CALL, kernel, self.section + kernel.name)
         row[rows.UNITS] = units
         row[rows.CHUNK] = chunk
         row[rows.FLAGS] = rows.PER_TOKEN
@@ -126,7 +136,7 @@ class ProgramBuilder:
         kernel = matmul_kernel(matrix.format)
         first = 0
         for segment in matrix.segments:
-            row = self._row(rows.MATMUL, kernel)
+            row = self._row(rows.MATMUL, kernel, matrix.name)
             row[rows.UNITS] = segment.tiles
             row[rows.CHUNK] = CHUNK_MAX
             row[rows.FLAGS] = rows.LOGITS if logits else 0
@@ -143,7 +153,7 @@ class ProgramBuilder:
 
     def group(self, layer: int, expert_ids: int, top_k: int, n_experts: int) -> None:
         """Sort the layer's routed (token, choice) pairs by expert and ask for missing experts."""
-        row = self._row(rows.GROUP, None)
+        row = self._row(rows.GROUP, None, self.section + "group_pairs")
         row[rows.G_LAYER], row[rows.G_IDS] = layer, expert_ids
         row[rows.G_TOP_K], row[rows.G_N_EXPERTS] = top_k, n_experts
 
@@ -163,7 +173,7 @@ class ProgramBuilder:
         kernels = [matmul_kernel(f) for f in (
             experts.gate_format, experts.up_format, experts.down_format
         )]  # fmt: skip
-        row = self._row(rows.EXPERTS, None, cells=3)
+        row = self._row(rows.EXPERTS, None, self.section + "experts", cells=3)
         self._kernels += [*kernels, swiglu[0]]
         gate, up, down = (k.address for k in kernels)
         (gate_x, up_x, act), (gate_y, up_y, out) = inputs, outputs
@@ -189,4 +199,6 @@ class ProgramBuilder:
     def finish(self) -> Program:
         """The program; the last row always ends with a barrier."""
         self.barrier()
-        return Program(np.stack(self._rows), self._cells * rows.CELL, tuple(self._kernels))
+        return Program(
+            np.stack(self._rows), self._cells * rows.CELL, tuple(self._kernels), tuple(self._names)
+        )

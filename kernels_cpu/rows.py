@@ -1,7 +1,7 @@
 """Op rows and control cells: the integers through which Python and compiled code agree.
 
-Owns: the fields of an op row, of the frame (one call), of the control cells and of the stream
-descriptor. Must not know what runs on either side.
+Owns: the fields of an op row, of the frame (one call), of the control cells, of the stream
+descriptor and of a timeline's records. Must not know what runs on either side.
 
 A program is an int64 array [n_ops, OP_FIELDS]. Fields 0-7 are the team's, the rest the kernel's.
 """
@@ -51,13 +51,23 @@ CONTROL_CELLS = 9
 O_FRAME, O_ROWS, O_N_ROWS, O_COUNTERS, O_STREAMS = range(5)
 ORDER_FIELDS = 8
 
-# Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer.
+# Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer; last the
+# ring of records of a timeline, 0 when there is none (recording.py).
 (
     S_READY, S_ADDRESS, S_SLOT_OF, S_FREE_FD, S_FAILED,
     S_BOARD, S_SLOT_ADDRESS, S_LAST_USED, S_REQUEST_FD, S_EXPERT_FAILED,
     S_GROUPS, S_PAIR_TOKEN, S_PAIR_ID, S_WAVE, S_WAVE_PAIRS, S_HITS, S_MISSES, S_CLOCK,
-) = range(18)  # fmt: skip
+    S_TIMELINE,
+) = range(19)  # fmt: skip
 STREAM_FIELDS = 32
+
+# The ring of a timeline: a header of one cache line (records begun so far, number of records less
+# one), then records: row << T_THREAD_BITS | thread, and four times of `now_ns`: the thread came to
+# the row, its weights were there, its units were done, it was through the barrier.
+T_COUNT, T_MASK = range(2)
+T_ROW, T_BEGIN, T_READY, T_DONE, T_THROUGH = range(5)
+T_FIELDS = 5
+T_THREAD_BITS = 16
 
 # The board of the expert streamer: layer, number of groups, then expert, state and address of
 # every group as three arrays of n_experts.

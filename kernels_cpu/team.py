@@ -21,11 +21,13 @@ from edgert.kernels_cpu.atomic import (
     load_acquire,
     load_int,
     notify,
+    now_ns,
     store_int,
     store_release,
 )
 from edgert.kernels_cpu.experts import group_pairs, run_experts
 from edgert.kernels_cpu.jit import inline, kernel, void
+from edgert.kernels_cpu.recording import record
 from edgert.kernels_cpu.waiting import await_order, await_value, barrier, chunk_of, stopped
 
 __all__ = ["begin_walk_kernel", "serve_kernel"]
@@ -48,13 +50,18 @@ def run_call(op: int, frame: int, counters: int, tid: int, threads: int) -> None
 
 
 @inline
-def run_matmul(
-    op: int, frame: int, counters: int, tid: int, threads: int, control: int, streams: int
-) -> bool:
-    """Take row tiles of a matrix product, waiting for its weights if they are streamed.
+def await_tile(op: int, frame: int, tid: int, control: int, streams: int) -> bool:
+    """Wait for the weights of a matrix product if they are streamed. False when stopped."""
+    tile = arg(op, rows.TILE)
+    if tile < 0:
+        return True
+    ready = arg(streams, rows.S_READY) + 8 * tile
+    return await_value(ready, arg(frame, rows.F_PASS) + 1, tid, control, streams)
 
-    False when the run was stopped meanwhile.
-    """
+
+@inline
+def run_matmul(op: int, frame: int, counters: int, threads: int, streams: int) -> None:
+    """Take row tiles of a matrix product whose weights are there until none is left."""
     units = arg(op, rows.UNITS)
     chunk = chunk_of(op, units, threads)
     function = arg(op, rows.FN)
@@ -67,14 +74,11 @@ def run_matmul(
     weight = arg(op, rows.WEIGHT)
     tile = arg(op, rows.TILE)
     if tile >= 0:
-        ready = arg(streams, rows.S_READY) + 8 * tile
-        if not await_value(ready, arg(frame, rows.F_PASS) + 1, tid, control, streams):
-            return False
         weight = load_int(arg(streams, rows.S_ADDRESS) + 8 * tile)
     while True:
         start = atomic_add(cell, chunk)
         if start >= units:
-            return True
+            return
         stop = min(start + chunk, units)
         call_matmul(
             function, weight, arg(op, rows.M_X), arg(op, rows.M_X_STRIDE), arg(op, rows.M_Y),
@@ -95,23 +99,37 @@ def walk(
 
     Returns when all rows are done or the run was stopped (`waiting.stopped`); the caller looks.
     """
+    timeline = arg(streams, rows.S_TIMELINE)
+    begin = ready = done = 0
     for i in range(n_ops):
         op = ops + 8 * rows.OP_FIELDS * i
         if stopped(control, streams):
             return
+        if timeline != 0:
+            begin = ready = now_ns()
         kind = arg(op, rows.KIND)
         if kind == rows.CALL:
             run_call(op, frame, counters, tid, threads)
         elif kind == rows.MATMUL:
-            if not run_matmul(op, frame, counters, tid, threads, control, streams):
+            if not await_tile(op, frame, tid, control, streams):
                 return
+            if timeline != 0:
+                ready = now_ns()
+            run_matmul(op, frame, counters, threads, streams)
         elif kind == rows.GROUP:
             if tid == 0:
                 group_pairs(op, frame, streams)
-        elif not run_experts(op, frame, counters, tid, threads, control, streams):
-            return
+        else:
+            if not run_experts(op, frame, counters, tid, threads, control, streams, i):
+                return
+            if timeline != 0:  # its waves have records of their own
+                begin = ready = now_ns()
+        if timeline != 0:
+            done = now_ns()
         if arg(op, rows.FLAGS) & rows.BARRIER and not barrier(control, streams, threads):
             return
+        if timeline != 0:
+            record(timeline, i, tid, begin, ready, done)
 
 
 @kernel(void("iiiiii"))

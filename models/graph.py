@@ -81,11 +81,13 @@ def build_program(graph: Graph, weights: WeightSource) -> tuple[Program, npt.NDA
     """The program of one pass, and op rows it refers to, which must live as long."""
     wiring = _Wiring(graph, weights)
     for layer in range(graph.spec.num_hidden_layers):
+        wiring.builder.section = f"blk.{layer}."
         wiring.attention_block(layer)
         if graph.spec.is_moe:
             wiring.expert_block(layer)
         else:
             wiring.dense_block(layer)
+    wiring.builder.section = "output."
     wiring.head()
     return wiring.builder.finish(), wiring.swiglu_rows
 

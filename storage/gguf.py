@@ -9,9 +9,7 @@ Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,10 @@ from edgert.errors import FormatError, ModelError, UnsupportedError
 from edgert.quant.formats import format_of
 from edgert.storage.gguf_values import HeaderReader, read_metadata
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.model_file import open_model_file
 from edgert.units import align_up
 
-__all__ = ["read_gguf"]
+__all__ = ["metadata_bytes", "read_gguf"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -74,6 +73,22 @@ def read_gguf(path: str | Path) -> Manifest:
     if total is not None and total != found:
         raise FormatError(path, f"the {count} parts hold {found:,} tensors, not {total:,}")
     return _manifest(parts)
+
+
+def metadata_bytes(path: Path) -> tuple[int, bytes]:
+    """The number of metadata keys of a GGUF file, and their bytes as they lie in it.
+
+    Raises as `read_gguf`, which has read this file already.
+    """
+    with open_model_file(path) as (file, size):
+        reader = HeaderReader(file, path, size)
+        _check_version(reader)
+        reader.u64("the number of tensors")
+        n_keys = reader.u64("the number of metadata keys")
+        begin = reader.offset
+        read_metadata(reader, n_keys)
+        end = reader.offset
+        return n_keys, HeaderReader(file, path, size, begin).take(end - begin, "the metadata")
 
 
 def _manifest(parts: list[_Part]) -> Manifest:
@@ -137,22 +152,8 @@ def _read_next_part(first: Path, number: int, count: int) -> _Part:
 
 
 def _read_part(path: Path, file_index: int) -> _Part:
-    try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ModelError(f"{path} is a folder; name the .gguf file in it")
-        if not stat.S_ISREG(mode):
-            raise ModelError(f"{path} is not a regular file; copy the model to a disk first")
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise FormatError(path, "the file is empty; download or copy it again")
-            return _read_header(HeaderReader(file, path, size), file_index)
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist; check the name and the folder") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"{path} cannot be read: {why}") from error
+    with open_model_file(path) as (file, size):
+        return _read_header(HeaderReader(file, path, size), file_index)
 
 
 def _read_header(reader: HeaderReader, file_index: int) -> _Part:

@@ -49,13 +49,14 @@ class HeaderReader:
     the thing that is cut. Raises `FormatError` with the offset.
     """
 
-    def __init__(self, file: IO[bytes], path: Path, size: int) -> None:
+    def __init__(self, file: IO[bytes], path: Path, size: int, offset: int = 0) -> None:
+        """`size`: where reading ends at the latest; `offset`: where it begins."""
         self.path = path
         self.size = size
         self._file = file
         self._limit = min(size, HEADER_MAX)
         self._chunk = b""
-        self._base = 0  # offset of the chunk in the file
+        self._base = offset  # of the chunk in the file
         self._at = 0  # position in the chunk
 
     @property

@@ -35,6 +35,7 @@ Commands:
   chat    Like run, with the model's chat template.
   plan    Show where every byte of a memory budget goes.
   show    Show what is in a model file.
+  pack    Make a model file ready for streaming.
   bench   Measure prefill, decode and reading speed.
   stress  Run under real memory limits and compare.
   doctor  Look at CPU, threads, memory, disk and cache.

@@ -12,9 +12,11 @@ import pytest
 
 import edgert as library
 from edgert import diagnosis, machine
+from edgert.cli.doctor import _profile_lines
 from edgert.kernels_cpu.isa import ISA, target_key
 from edgert.units import MIB
 from tests.command import edgert, inside
+from tests.device import PROFILE
 
 AVX2 = {
     "NUMBA_CPU_NAME": "haswell",
@@ -50,8 +52,33 @@ def test_this_machine(tiny_gguf: Path) -> None:
 def test_for_people(tiny_gguf: Path) -> None:
     lines = inside("doctor", tiny_gguf).stdout.splitlines()
     topics = [re.split("  +", line)[0] for line in lines[: lines.index("")]]
-    assert topics == ["versions", "cpu", "features", "kernels", "threads", "memory", "memory rate",
-                      "disk rate", "kernel cache"]  # fmt: skip
+    assert topics[:10] == ["versions", "cpu", "features", "kernels", "threads", "memory",
+                           "memory rate", "disk rate", "kernel cache", "profile"]  # fmt: skip
+
+
+def test_the_profile_is_shown_and_measured_again_where_it_is_wrong(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def ensure(opened: Any, threads: int, *, fresh: bool) -> tuple[Any, bool]:
+        asked.append(fresh)
+        return PROFILE, True
+
+    facts = {"memory": {"read_bytes_per_s": 32e9}, "disk": {"read_bytes_per_s": 2e9},
+             "threads": {"default": 2}}  # fmt: skip
+    monkeypatch.setattr("edgert.device_profile.load_profile", lambda files, threads: PROFILE)
+    monkeypatch.setattr("edgert.profiling.ensure_profile", ensure)
+    monkeypatch.setattr("edgert.compiling.is_compiled", lambda wanted: True)
+    found = diagnosis._profile(facts, tiny_gguf)
+    assert found is not None and found["kernels"]["Q8_0"]["batch_macs_per_s"] == 300e9
+    facts["disk"]["read_bytes_per_s"] = 1e9
+    diagnosis._profile(facts, tiny_gguf)
+    assert asked == [False, True]
+    shown = _profile_lines(found)
+    assert list(shown)[:3] == ["profile", "reads", "reads, busy"] and "kernel Q8_0" in shown
+    facts["disk"]["read_bytes_per_s"] = 0.0
+    assert diagnosis._profile(facts, tiny_gguf) is None
 
 
 def test_a_cache_that_cannot_be_written(tiny_gguf: Path, tmp_path: Path) -> None:

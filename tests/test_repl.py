@@ -100,11 +100,12 @@ def test_the_system_message_comes_first(talk: repl.Conversation) -> None:
 
 def test_facts(talk: repl.Conversation, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["/stats", "/help", "/?", "/budget", "/show info", "/show plan", "/show template"]
-    talk.loop(typed(*lines, "/show", "/fly"))
+    talk.loop(typed(*lines, "/memory", "/show", "/fly"))
     said = capsys.readouterr()
     assert said.out == ""
     for words in ("nothing yet", "budget ", "architecture  ", "KV cache", "/fly is not a command"):
         assert words in said.err
+    assert "held" in said.err and "page cache of the model" in said.err
     for name in (*repl.COMMANDS, *SAMPLING):
         assert name in said.err, "the help names everything"
 

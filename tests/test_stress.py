@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 import edgert as library
-from edgert.cli.cgroup import MemoryGroup, MemoryGroupError
-from edgert.cli.stress import BudgetRun, problems
-from tests.command import ROOT, argv, edgert, environment, inside
+from edgert.cli.cgroup import MemoryGroup, MemoryGroupError, device_of
+from tests.command import ROOT, argv, environment
+from tests.tiny import FAMILIES, TinyFamily, tiny_model
 
 MIB = 2**20
 PROMPT = "Once upon a time"
@@ -52,33 +52,7 @@ def orphans() -> list[Path]:
     return [path for path in groups if not Path("/proc", path.name.split("-")[2]).exists()]
 
 
-# ----------------------------------------------------------------------------- the judge
-
-
-def good(asked: str, **changes: Any) -> BudgetRun:
-    stats = {"logits_hash": "ab"}
-    run = BudgetRun(asked, 100 * MIB, False, "cgroup v2", 0, 90 * MIB, [1, 2], stats)
-    for name, value in changes.items():
-        setattr(run, name, value)
-    return run
-
-
-def test_a_kept_promise_has_no_problems() -> None:
-    assert problems([good("100%"), good("50%")]) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"peak_bytes": 100 * MIB}, "50%: the peak of 100.0 MiB reached the budget of 100.0 MiB"),
-        ({"exit_code": -9, "message": "killed"}, "50%: exit -9, killed"),
-        ({"exit_code": 1, "message": ""}, "50%: exit 1"),
-        ({"tokens": [1, 3]}, "50%: other tokens than with 100%"),
-        ({"stats": {"logits_hash": "cd"}}, "50%: other logits than with 100%"),
-    ],
-)
-def test_a_broken_promise_is_named(changes: dict[str, Any], words: str) -> None:
-    assert words in problems([good("100%"), good("50%", **changes)])
+# ----------------------------------------------------------------------------- groups
 
 
 def test_a_group_limits_and_measures() -> None:
@@ -102,62 +76,24 @@ def test_a_group_is_removed_with_what_runs_inside() -> None:
     assert groups_of(os.getpid()) == []
 
 
-def test_wrong_use(tiny_gguf: Path) -> None:
-    for budgets, words in (("much", "'much' is not a size"), ("200%", "share"), ("", "not a size")):
-        run = inside("stress", tiny_gguf, "--budgets", budgets)
-        assert run.returncode == 2 and words in run.stderr
-    assert inside("stress", "no.gguf").returncode == 3
-
-
-@pytest.mark.timeout(600)
-def test_the_command_compares_budgets(tiny_gguf: Path, tmp_path: Path) -> None:
-    plot = tmp_path / "plot.png"
-    more = ["--plot", plot] if has_matplotlib() else []
-    run = edgert("stress", tiny_gguf, "--budgets", "1GiB,1%", "-n", 4, "--json", *more)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["problems"] == []
-    first, second = found["runs"]
-    assert (first["raised"], second["raised"]) == (False, True)
-    assert first["tokens"] == second["tokens"] and len(first["tokens"]) == 4
-    assert 0 < second["peak_bytes"] < second["budget_bytes"] < 2**30
-    assert not more or plot.read_bytes().startswith(b"\x89PNG")
-    assert orphans() == []
-
-
-def has_matplotlib() -> bool:
+def test_a_group_slows_the_disk(tmp_path: Path) -> None:
+    """The setting is there for the disk of the file, and gone with the group."""
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        limit = MemoryGroup(100 * MIB, read_rate=10**8, disk=tmp_path)
+    except MemoryGroupError as error:
+        pytest.skip(f"this machine cannot slow the disk: {error}")
+    with limit:
+        made = [p for p in groups_of(os.getpid()) if p.is_dir()]
+        names = ("blkio.throttle.read_bps_device", "io.max")
+        texts = [(p / name).read_text() for p in made for name in names if (p / name).exists()]
+        assert any(device_of(tmp_path) in text and "100000000" in text for text in texts), texts
+    assert groups_of(os.getpid()) == []
 
 
-def test_plot_without_matplotlib_says_what_to_do(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run = inside("stress", tiny_gguf, "--plot", tmp_path / "x.png")
-    assert run.returncode == 2 and "pip install 'edgert[plot]'" in run.stderr
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals are a POSIX thing")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_leaves_no_group_behind(number: signal.Signals, tiny_gguf: Path) -> None:
-    child = subprocess.Popen(
-        argv("stress", tiny_gguf, "--budgets", "1GiB", "-n", 4),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(PYTHONWARNINGS="ignore"),
-    )
-    end = time.monotonic() + 60
-    while not groups_of(child.pid) and child.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    child.send_signal(number)
-    out, errors = child.communicate(timeout=60)
-    assert groups_of(child.pid) == []
-    assert child.returncode in (130, 0) and b"Traceback" not in errors
-    assert child.returncode == 130 or b"no control group" in errors
+def test_a_disk_that_is_none_cannot_be_slowed() -> None:
+    with pytest.raises(MemoryGroupError, match="cannot be slowed|not lie on a disk"):
+        MemoryGroup(100 * MIB, read_rate=10**8, disk="/proc/version")
+    assert groups_of(os.getpid()) == []
 
 
 # ----------------------------------------------------------------------------- large models
@@ -324,3 +260,52 @@ def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) 
         assert child.returncode == 0
         peak = limit.peak_bytes()
         assert peak is None or peak < full + 32 * MIB
+
+
+FOLLOW = """
+import sys, time
+import edgert
+path, seconds = sys.argv[1:]
+with edgert.load(path, memory_budget="100%", context_length=256) as engine:
+    want = engine.generate("the hen", max_tokens=30, temperature=0)
+    with edgert.follow_pressure(engine):
+        print("ready", flush=True)
+        end, least, same = time.monotonic() + float(seconds), engine.plan.total_bytes, True
+        first = least
+        while time.monotonic() < end:
+            found = engine.generate("the hen", max_tokens=30, temperature=0)
+            same &= found.tokens == want.tokens
+            least = min(least, engine.plan.total_bytes)
+            time.sleep(0.1)
+    print(same, first - least, flush=True)
+"""
+EAT = """
+import sys, time
+held = []
+for _ in range(int(sys.argv[1])):
+    held.append(bytearray(b"x" * 2**20))
+    time.sleep(0.1)
+print("done")
+"""
+
+
+@stress
+def test_an_adaptive_engine_makes_room_for_another_program(tmp_path: Path) -> None:
+    """Together they want more than their group has: without giving way one would be killed."""
+    FAMILIES["wide"] = TinyFamily("llama", hidden=512, heads=8, kv_heads=2, head_dim=64, ffn=6144)
+    try:
+        path = tiny_model("wide", "F16", path=tmp_path / "wide.gguf")
+    finally:
+        del FAMILIES["wide"]
+    full = library.plan_model(path, memory_budget="100%", context_length=256).full_bytes
+    with group(full + 16 * MIB) as limit:
+        command = limit.command([sys.executable, "-c", FOLLOW, str(path), "12"])
+        with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as run:
+            assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+            more = (limit.limit_bytes - limit.current_bytes()) // MIB + 8
+            eat = limit.command([sys.executable, "-c", EAT, str(more)])
+            eaten = subprocess.run(eat, capture_output=True)
+            assert eaten.returncode == 0 and eaten.stdout == b"done\n"
+            same, given = run.stdout.readline().split()
+        assert run.returncode == 0 and same == b"True"
+        assert int(given) > 8 * MIB

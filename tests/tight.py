@@ -24,8 +24,11 @@ PROCESS = 100 * MIB
 
 @contextmanager
 def fixed_process(nbytes: int = PROCESS) -> Iterator[None]:
-    """Within it, plans count `nbytes` for the process."""
-    with mock.patch("edgert.loading.process_bytes", lambda opened, *, measured: nbytes):
+    """Within it, plans count `nbytes` for the process, on a machine that was never profiled."""
+    with (
+        mock.patch("edgert.loading.process_bytes", lambda opened, *, measured: nbytes),
+        mock.patch("edgert.loading.load_profile", lambda files, threads: None),
+    ):
         yield
 
 
@@ -47,10 +50,12 @@ def floor_of(path: Path, **options: Any) -> int:
 
 
 def tight(
-    path: Path, spare: int | None = 0, *, backend: Any = None, **options: Any
+    path: Path, spare: int | None = 0, *, backend: Any = None, timeline: Any = None, **options: Any
 ) -> edgert.Engine:
     """An engine with `spare` bytes more than it cannot do without; None: all it can use."""
     options = {"threads": 2, "context_length": 256} | options
     budget = 2**62 if spare is None else floor_of(path, **options) + spare
     with fixed_process():
-        return edgert.load(path, memory_budget=budget, backend=backend, **options)
+        return edgert.load(
+            path, memory_budget=budget, backend=backend, timeline=timeline, **options
+        )

@@ -1,0 +1,163 @@
+"""`edgert stress --baseline`: edgert and llama.cpp in groups with the same limits, in turn.
+
+Owns: what both are asked, the time limit, the ratios. How an engine is driven is in
+bench_baseline.py. llama.cpp maps the file: in a limit below its size every token reads it anew, so
+a few tokens take minutes and each side has a time limit.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from threading import Timer
+from typing import Any
+
+import edgert
+from edgert import EdgertError, InputError, format_bytes
+from edgert.cli.bench_baseline import EngineWorker, worker_commands
+from edgert.cli.bench_model import some_text
+from edgert.cli.cgroup import drop_page_cache
+from edgert.cli.options import Budget, ModelOptions
+from edgert.cli.stress_cases import Case
+from edgert.cli.stress_runs import open_group, probe_disk
+
+__all__ = ["BASELINE_HEADER", "Comparison", "baseline_rows", "compare_case", "ratio_line"]
+
+_PAST = 4  # tokens before those whose decoding is timed
+_SIDES = ("llama.cpp", "edgert")
+
+
+@dataclass(slots=True)
+class Side:
+    """One engine in its group."""
+
+    decode_tok_s: float = 0.0  # 0: it did not come so far
+    prefill_tok_s: float = 0.0
+    peak_bytes: int = 0
+    device_bytes_per_s: float = 0.0
+    message: str = ""  # why not
+    top: list[int] = field(default_factory=list)  # likeliest next token after each request
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Both engines on one case."""
+
+    case: Case
+    sides: dict[str, Side]
+
+    def ratio(self, figure: str) -> float | None:
+        """Speed of edgert over that of llama.cpp; None where either has none."""
+        ours, theirs = (getattr(self.sides[name], figure) for name in ("edgert", "llama.cpp"))
+        return ours / theirs if ours and theirs else None
+
+    @property
+    def over(self) -> bool:
+        """True when edgert needed all of its limit."""
+        return self.sides["edgert"].peak_bytes >= self.case.budget_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        ratios = {f: self.ratio(f"{f}_tok_s") for f in ("decode", "prefill")}
+        return asdict(self) | {"over": self.over, "ratios": ratios}
+
+
+def compare_case(case: Case, python: str | None, time_limit: float, turn: int) -> Comparison:
+    """Ask both the same; who begins changes with `turn`.
+
+    Raises `InputError` when `python` has no llama-cpp-python.
+    """
+    sides = {}
+    for name in _SIDES if turn % 2 else _SIDES[::-1]:
+        drop_page_cache(edgert.read_manifest(case.model).files)
+        sides[name] = _measure(name, case, python, time_limit)
+    return Comparison(case, sides)
+
+
+def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Side:
+    budget = Budget(str(case.budget_bytes), case.budget_bytes)
+    options = ModelOptions(
+        case.model, budget, case.context_length, case.threads, case.kv_cache_type
+    )
+    threads = options.plan().threads
+    argv, env = worker_commands(options, threads, case.context_length, python, options.path)[name]
+    tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(case.model).metadata)
+    text = some_text(tokenizer, case.prompt_tokens + case.max_tokens + _PAST)
+    side = Side()
+    with ExitStack() as stack:
+        group = open_group(case.budget_bytes, case.disk_rate, case.model)
+        if group is not None:
+            stack.enter_context(group)
+        side.device_bytes_per_s = probe_disk(case.model, group)
+        worker = EngineWorker(name, group.command(argv) if group else argv, env)
+        stack.callback(worker.close)
+        try:
+            with _limited(worker, time_limit):
+                worker.wait_ready(lambda *_: None)
+                tokens = text[_PAST : _PAST + case.max_tokens]
+                answer = worker.ask(text[:_PAST], tokens, True)
+                side.decode_tok_s = len(tokens) / answer["seconds"]
+                side.top.append(answer["top"])
+                answer = worker.ask([], text[: case.prompt_tokens], False)
+                side.prefill_tok_s = case.prompt_tokens / answer["seconds"]
+                side.top.append(answer["top"])
+        except InputError:
+            raise
+        except EdgertError as error:
+            side.message = str(error)
+        if group is not None:
+            side.peak_bytes = group.peak_bytes() or 0
+    return side
+
+
+@contextmanager
+def _limited(worker: EngineWorker, seconds: float) -> Iterator[None]:
+    """End the worker's process after so long; whoever reads from it then gets an error."""
+    timer = Timer(seconds, worker.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+BASELINE_HEADER = (
+    "case", "limit", "device GB/s", "edgert decode", "llama.cpp decode", "ratio",
+    "edgert prefill", "llama.cpp prefill", "ratio", "edgert peak", "same next token", "note",
+)  # fmt: skip
+
+
+def baseline_rows(found: Sequence[Comparison]) -> list[list[str]]:
+    """A line for each case; tokens/s."""
+    return [_row(one) for one in found]
+
+
+def _row(one: Comparison) -> list[str]:
+    ours, theirs = one.sides["edgert"], one.sides["llama.cpp"]
+
+    def shown(value: float | None) -> str:
+        return f"{value:.2f}" if value else "-"
+
+    rate = statistics.mean(side.device_bytes_per_s for side in one.sides.values()) / 1e9
+    notes = [f"{name}: {side.message}" for name, side in one.sides.items() if side.message]
+    both = min(len(ours.top), len(theirs.top))
+    agreed = sum(a == b for a, b in zip(ours.top, theirs.top, strict=False))
+    return [
+        one.case.name, format_bytes(one.case.budget_bytes), shown(rate),
+        shown(ours.decode_tok_s), shown(theirs.decode_tok_s), shown(one.ratio("decode_tok_s")),
+        shown(ours.prefill_tok_s), shown(theirs.prefill_tok_s), shown(one.ratio("prefill_tok_s")),
+        f"{100 * ours.peak_bytes / one.case.budget_bytes:.0f} %", f"{agreed} of {both}",
+        "; ".join(notes) or "-",
+    ]  # fmt: skip
+
+
+def ratio_line(found: Sequence[Comparison]) -> str:
+    """The ratios of all cases in one line."""
+    parts = []
+    for figure in ("decode", "prefill"):
+        ratios = [r for one in found if (r := one.ratio(f"{figure}_tok_s")) is not None]
+        if ratios:
+            parts.append(f"{figure} {min(ratios):.2f} to {max(ratios):.2f} times llama.cpp")
+    return ", ".join(parts) or "nothing to compare"

@@ -1,0 +1,84 @@
+"""Which pages are in memory: of an address range, and of files in the page cache.
+
+Owns: the system calls that tell, without touching a page. Must not know what the pages are for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgert.units import MIB, align_down, align_up
+
+__all__ = ["cached_bytes", "cached_bytes_ref", "resident_in"]
+
+_PAGE = mmap.PAGESIZE
+_PIECE = 64 * MIB  # asked about at once: 16 KiB of answers
+_CACHESTAT = 451  # its number on every architecture; Linux 6.5 and later
+_C = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
+
+
+def resident_in(address: int, nbytes: int) -> int | None:
+    """How many of `nbytes` bytes of mapped memory at `address` lie in pages that are in memory.
+
+    4 ms a GiB that is. None where the system does not tell.
+    """
+    if _C is None or not hasattr(_C, "mincore"):
+        return None
+    found, end = 0, address + nbytes
+    answer = np.empty(_PIECE // _PAGE + 1, np.uint8)
+    for start in range(align_down(address, _PAGE), end, _PIECE):
+        stop = min(start + _PIECE, align_up(end, _PAGE))
+        span = ctypes.c_void_p(start), ctypes.c_size_t(stop - start)
+        if _C.mincore(*span, ctypes.c_void_p(answer.ctypes.data)):
+            return None
+        pages = answer[: (stop - start) // _PAGE] & 1
+        found += _PAGE * int(pages.sum())
+        # The first and the last page may belong to neighbours in part.
+        found -= int(pages[0]) * max(0, address - start)
+        found -= int(pages[-1]) * max(0, stop - end)
+    return found
+
+
+def cached_bytes(paths: Sequence[Path]) -> int:
+    """Bytes of these files in the page cache, whoever read them; 0 where the system does not tell.
+
+    Linux only, and only for files this user owns or may write: the kernel hides others. 5 us a
+    file that is not cached; before Linux 6.5 10 ms a GB.
+    """
+    return sum(_cached(path) for path in paths)
+
+
+def _cached(path: Path) -> int:
+    if _C is None or sys.platform != "linux":
+        return 0
+    span, answer = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        ask = (ctypes.c_long(_CACHESTAT), ctypes.c_int(number), span, answer, ctypes.c_uint(0))
+        return _PAGE * answer[0] if _C.syscall(*ask) == 0 else cached_bytes_ref(path)
+    finally:
+        os.close(number)
+
+
+def cached_bytes_ref(path: Path) -> int:
+    """As `cached_bytes` for one file, by `mincore` over a mapping of it; 10 ms a GB."""
+    status = path.stat()
+    if not status.st_size or not (status.st_uid == os.geteuid() or os.access(path, os.W_OK)):
+        return 0  # the kernel says "cached" of every page of a file that is somebody else's
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+        # A private mapping that nobody writes to is of the file's own pages. Writable, so that
+        # ctypes gives its address.
+        view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
+        address = ctypes.addressof(view)
+        del view
+        return resident_in(address, align_up(status.st_size, _PAGE)) or 0

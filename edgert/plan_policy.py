@@ -1,0 +1,77 @@
+"""Which of the plans that fit is fastest: tokens of a pass, and requests of the ring.
+
+Owns: what a longer pass is worth. Pure. Must not know how memory is laid out (plan.py).
+
+A streamed model reads everything that is not resident once a pass. A longer pass reads it less
+often for a prompt, but its activations push weights out of memory, which every later token pays.
+What counts is the time of a typical turn: a prompt of `PROMPT` tokens and an answer of `ANSWER`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgert.device_profile import DeviceProfile
+from edgert.units import MIB
+
+__all__ = ["PASSES", "Rates", "fastest_pass", "large_requests", "rates_of", "turn_seconds"]
+
+PASSES = (512, 256, 128, 64, 32, 16, 8)  # tokens of a pass to choose from, best first where equal
+PROMPT, ANSWER = 384, 256
+LARGE = (2 * MIB, 6)  # request and readers for devices that need them
+USUAL = (MIB, 6)
+CLEARLY = 1.5  # faster than noise: one short measurement of a rate is off by up to a fifth
+CAUTION = 0.5  # of the disk's rate: too long a pass costs memory for 1 % of a model, too short a
+# one on a disk that is throttled or shared costs the prompt twice its time
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A device in three figures."""
+
+    disk_bytes_per_s: float
+    memory_bytes_per_s: float
+    macs_per_s: float
+
+
+def rates_of(profile: DeviceProfile | None, threads: int) -> Rates:
+    """The rates to plan with: the profile's, or those of a usual small machine."""
+    if profile is None or not profile.kernels:
+        return Rates(1e9, 20e9, 100e9 * threads)
+    macs = min(rate.batch_macs_per_s for rate in profile.kernels.values())
+    return Rates(CAUTION * profile.disk_bytes_per_s, profile.memory_bytes_per_s, macs)
+
+
+def turn_seconds(
+    streamed: float, nbytes: float, weights: float, tokens: int, rates: Rates
+) -> float:
+    """A typical turn with `streamed` of `nbytes` read in every pass of at most `tokens` tokens."""
+    flash = streamed / rates.disk_bytes_per_s
+
+    def one(n: int) -> float:
+        return max(flash, nbytes / rates.memory_bytes_per_s, n * weights / rates.macs_per_s)
+
+    whole, rest = divmod(PROMPT, tokens)
+    return whole * one(tokens) + (one(rest) if rest else 0.0) + ANSWER * one(1)
+
+
+def fastest_pass(
+    streamed: Callable[[int], float | None], nbytes: float, weights: float, rates: Rates
+) -> int | None:
+    """The pass with the shortest turn; `streamed(tokens)` is None where it does not fit."""
+    best: tuple[float, int] | None = None
+    for tokens in PASSES:
+        left = streamed(tokens)
+        if left is not None:
+            found = turn_seconds(left, nbytes, weights, tokens, rates), tokens
+            best = found if best is None or found[0] < best[0] else best
+    return None if best is None else best[1]
+
+
+def large_requests(profile: DeviceProfile | None) -> bool:
+    """True for a device that reads clearly faster with `LARGE` requests than with `USUAL` ones."""
+    if profile is None:
+        return False
+    rates = {(r.request_bytes, r.readers): r.bytes_per_s for r in profile.reads}
+    return rates.get(LARGE, 0.0) > CLEARLY * rates.get(USUAL, float("inf"))

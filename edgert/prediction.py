@@ -1,0 +1,217 @@
+"""How fast a plan will run, before it runs: an analytic model of one pass.
+
+Owns: the arithmetic from a plan, a model and a device profile to tokens a second. Pure. Must not
+know how anything is measured.
+
+A pass has two resources at work at once. The cores need `compute` seconds (C) for all its weights,
+and the disk `flash` seconds (F = S / R) for the S bytes that are not resident at its rate R. With
+perfect overlap a pass would take the longer of the two, as in a roofline. Two measured effects take
+from each other, both linear in the time they share:
+
+    disk bound     F + C (1 - R' / R)     R': what the disk delivers while all cores compute; on a
+                                          virtual disk half, since its driver needs a core too
+    compute bound  C + F' L               L: share of memory's rate that reading takes, for the
+                                          F' = S / R' seconds that reads take beside computing;
+                                          and S / (cores x repack rate) for placing what was read
+
+The pass takes the larger one. They meet where both resources are always busy. C is a sum of named
+terms: every weight is read from memory once (`memory`) or multiplied (`compute`), whichever takes
+longer for its format; the KV cache is read (`attention`); ops have barriers (`overhead`).
+
+Measured by the profile: R, R', L, the rates of each format's kernels and of its repacking, memory,
+one op, one small read. Assumed: `TOKEN_SECONDS` for sampling and text. Not counted: arithmetic of
+attention over a long prompt, and caches that hold a small model whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from edgert.device_profile import DeviceProfile
+from edgert.models.spec import ModelSpec
+from edgert.plan import Plan
+from edgert.storage.manifest import Manifest
+
+__all__ = ["PROMPT_TOKENS", "Prediction", "Terms", "predict"]
+
+Limit = Literal["flash", "memory", "compute"]
+PROMPT_TOKENS = 256  # of the prompt that is predicted where none is named
+TOKEN_SECONDS = 0.4e-3  # sampler, text and Python for each token: 0.3 to 0.5 ms measured
+_LAYER_OPS = 13  # ops of a dense layer that end in a barrier
+_REPEATED = 0.5  # share of a prompt's tokens that occurred before: their rows are read once
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a pass would take for each reason alone, in seconds."""
+
+    flash: float  # reading what is not resident
+    memory: float  # reading weights of which memory is the limit
+    compute: float  # multiplying weights of which arithmetic is the limit
+    attention: float  # reading keys and values
+    repack: float  # placing what was read, on all cores
+    contention: float  # what reading and computing take from each other
+    overhead: float  # barriers, token rows, sampling
+    total: float  # of the pass: not the sum, since reading and computing overlap
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan will do on a device."""
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    first_token_seconds: float  # of a prompt of `prompt_tokens`
+    prompt_tokens: int
+    limit: Limit  # of decoding
+    decode: Terms
+    prefill: Terms  # of the whole prompt
+    device_bytes_per_s: float  # the rate of the disk it was made with
+    even_routing: bool  # True: misses of experts are guessed, as if all were chosen equally often
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Weights of one format: bytes in memory and their number."""
+
+    nbytes: float
+    weights: float
+
+
+def predict(
+    plan: Plan,
+    spec: ModelSpec,
+    manifest: Manifest,
+    profile: DeviceProfile,
+    *,
+    device_bytes_per_s: float = 0.0,
+    prompt_tokens: int = PROMPT_TOKENS,
+    position: int | None = None,
+) -> Prediction | None:
+    """Predict a plan on a device; None when the kernels of a format were not measured.
+
+    `device_bytes_per_s`: the rate of the disk as measured now, in place of the profile's.
+    `position`: where decoding is predicted, by default just behind the prompt.
+    """
+    formats = {t.format.name for t in manifest.tensors.values() if len(t.shape) > 1}
+    if not profile.covers(sorted(formats)):
+        return None
+    model = _Model(plan, spec, manifest, profile, device_bytes_per_s)
+    prompt_tokens = max(1, min(prompt_tokens, plan.context_length - 1))
+    decode = model.run_pass(1, prompt_tokens if position is None else position)
+    passes = [
+        model.run_pass(min(plan.prefill_tokens, prompt_tokens - start), start)
+        for start in range(0, prompt_tokens, plan.prefill_tokens)
+    ]
+    prefill = Terms(*(sum(values) for values in zip(*map(_values, passes), strict=True)))
+    return Prediction(
+        decode_tok_s=1 / decode.total,
+        prefill_tok_s=prompt_tokens / prefill.total,
+        first_token_seconds=prefill.total,
+        prompt_tokens=prompt_tokens,
+        limit=_limit(decode),
+        decode=decode,
+        prefill=prefill,
+        device_bytes_per_s=model.rate,
+        even_routing=model.missing > 0,
+    )
+
+
+def _values(terms: Terms) -> tuple[float, ...]:
+    return tuple(asdict(terms).values())
+
+
+def _limit(terms: Terms) -> Limit:
+    if terms.flash > terms.memory + terms.compute + terms.attention:
+        return "flash"
+    return "memory" if terms.memory + terms.attention >= terms.compute else "compute"
+
+
+class _Model:
+    """The model's work and the device's rates, for passes of any number of tokens."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        manifest: Manifest,
+        profile: DeviceProfile,
+        device_bytes_per_s: float,
+    ) -> None:
+        self.plan, self.spec, self.profile = plan, spec, profile
+        self.dense: dict[str, _Work] = {}
+        self.head: dict[str, _Work] = {}
+        self.experts: dict[str, _Work] = {}
+        for tile in plan.tiles:
+            entry = manifest.tensors[tile.tensor]
+            group = self.head if tile.is_head else self.dense
+            _add(group, entry.format.name, tile.nbytes, tile.rows * entry.shape[-1])
+        for entry in manifest.tensors.values():
+            if len(entry.shape) == 3:
+                _add(self.experts, entry.format.name, entry.extent.nbytes, entry.parameters)
+        count = spec.num_hidden_layers * spec.num_experts if spec.is_moe else 0
+        self.missing = 1 - plan.expert_slots / count if count else 0.0  # share of experts
+        repack = min(r.repack_bytes_per_s for r in profile.kernels.values()) * plan.threads
+        profiled = profile.read_bytes_per_s(plan.staging_bytes, plan.reader_threads)
+        self.repack = repack
+        self.rate = min(device_bytes_per_s or profiled, repack)
+        self.busy_rate = min(profile.busy_read_bytes_per_s, self.rate)
+
+    def run_pass(self, tokens: int, position: int) -> Terms:
+        """What a pass of `tokens` tokens costs whose first is at `position`."""
+        plan, profile, spec = self.plan, self.profile, self.spec
+        memory = compute = 0.0
+        used = self._experts_used(tokens)
+        for group, share, times in (
+            (self.dense, 1.0, tokens),
+            (self.head, 1.0, 1),
+            (self.experts, used, tokens * self._active_share / used if used else 0),
+        ):
+            for name, work in group.items():
+                rate = profile.kernels[name]
+                read = share * work.nbytes / rate.token_bytes_per_s
+                multiply = share * times * work.weights / rate.batch_macs_per_s
+                limited = rate.token_bytes_per_s < 0.8 * profile.memory_bytes_per_s
+                if multiply > read or limited:
+                    compute += max(read, multiply)
+                else:
+                    memory += read
+        streamed = plan.streamed_bytes + self.missing * used * sum(
+            work.nbytes for work in self.experts.values()
+        )
+        kv = plan.region("KV cache").nbytes / plan.context_length * (position + tokens)
+        attention = kv / profile.memory_bytes_per_s
+        rows = 0.0 if plan.embedding_resident else 1 + (tokens - 1) * _REPEATED
+        overhead = TOKEN_SECONDS + rows * profile.read_seconds
+        overhead += spec.num_hidden_layers * _LAYER_OPS * profile.op_seconds
+        cores = memory + compute + attention
+        flash, repack = streamed / self.rate, streamed / self.repack
+        disk_bound = flash + cores * (1 - self.busy_rate / self.rate if streamed else 0.0)
+        taken = (1 - profile.busy_memory_share) / profile.busy_read_bytes_per_s
+        compute_bound = cores + streamed * taken + repack
+        longest = max(disk_bound, compute_bound)
+        if self.missing:  # experts are asked for when the router has chosen: nothing overlaps
+            longest = cores + flash
+        contention = longest - max(flash, cores)
+        return Terms(
+            flash, memory, compute, attention, repack, contention, overhead, longest + overhead
+        )
+
+    @property
+    def _active_share(self) -> float:
+        """Share of the experts that one token computes."""
+        return self.spec.num_experts_per_tok / self.spec.num_experts if self.experts else 0.0
+
+    def _experts_used(self, tokens: int) -> float:
+        """Share of the experts that `tokens` tokens need, if all are chosen equally often."""
+        return 1 - (1 - self._active_share) ** tokens
+
+
+def _add(group: dict[str, _Work], name: str, nbytes: float, weights: float) -> None:
+    before = group.get(name, _Work(0, 0))
+    group[name] = _Work(before.nbytes + nbytes, before.weights + weights)

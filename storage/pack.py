@@ -1,0 +1,312 @@
+"""The `.edgert` file: its byte map, read and written. FORMAT.md is the contract.
+
+Owns: the header, the index and everything about them that is checked before it is believed. Must
+not know what a tensor is for, nor how its bytes are made (edgert/pack.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from struct import Struct
+from types import MappingProxyType
+from typing import IO, Literal
+
+from edgert.errors import FormatError, UnsupportedError
+from edgert.quant.formats import BY_TYPE_ID, PLANES, PlaneFormat, QuantFormat, format_of
+from edgert.storage.gguf_values import HEADER_MAX, HeaderReader, read_metadata
+from edgert.storage.manifest import TILE_ROWS, Extent, Manifest, TensorEntry
+from edgert.storage.model_file import open_model_file
+from edgert.units import MIB, align_up, format_bytes
+
+__all__ = [
+    "CHUNK_BYTES", "HEADER", "MAGIC", "PAGE", "VERSION", "PackHeader", "encode_header",
+    "encode_index", "read_header", "read_pack", "tiles_bytes", "type_id_of",
+]  # fmt: skip
+
+# The first byte has its high bit set and the last is a newline: what a transfer as text would
+# change is noticed.
+MAGIC = b"\x89EDGERT\n"
+BYTE_ORDER = 0x0A0B0C0D
+VERSION = 1
+PAGE = 4096  # tensors and records begin at multiples of it
+PART = 64  # the parts of a record do at multiples of this
+CHUNK_BYTES = MIB  # of data for each checksum
+LAYOUTS: tuple[Literal["rows", "tiles"], ...] = ("rows", "tiles")  # by their number in the file
+PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
+
+HEADER = Struct("<8sIIQQQIIIQI")
+_SUM = Struct("<I")
+_READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
+_TENSORS_MAX = 1 << 17
+_MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
+_DIMS_MAX = 4
+_NAME_MAX = 255
+_TENSOR_BYTES_MIN = 8 + 1 + 4 + 8 + 4 + 4 + 4 + 24
+_NBYTES_MAX = 2**63 - 1
+
+# Bytes a block grows by in tiles: six-bit scales are kept as bytes.
+_GROWTH = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class PackHeader:
+    """What the first 64 bytes say, checked against the file."""
+
+    file_bytes: int
+    index_bytes: int
+    data_offset: int
+    index_crc: int
+
+    @property
+    def n_chunks(self) -> int:
+        """Number of checksums of the data."""
+        return -(-(self.file_bytes - self.data_offset) // CHUNK_BYTES)
+
+
+def type_id_of(fmt: QuantFormat) -> int:
+    """The number of a format in the tensor table: GGML's, or that of a plane format."""
+    if isinstance(fmt, PlaneFormat):
+        return PLANE_TYPES + 256 * fmt.bits + fmt.block_size
+    return fmt.type_id
+
+
+_PLANE_OF = {type_id_of(f): f for f in PLANES.values()}
+assert not _PLANE_OF.keys() & BY_TYPE_ID.keys()
+
+
+def tiles_bytes(fmt: QuantFormat, rows: int, columns: int) -> int:
+    """Bytes of a matrix in tiles; the last tile is filled up."""
+    block = fmt.block_bytes + _GROWTH.get(fmt.name, 0)
+    return align_up(rows, TILE_ROWS) * (columns // fmt.block_size) * block
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def encode_header(file_bytes: int, index: bytes, data_offset: int) -> bytes:
+    """The 64 bytes of the header. `index`: all of it, checksums of the data included."""
+    fields = (
+        MAGIC, BYTE_ORDER, VERSION, file_bytes, len(index), data_offset, CHUNK_BYTES,
+        zlib.crc32(index), 0, 0,
+    )  # fmt: skip
+    raw = HEADER.pack(*fields, 0)[:-4]
+    return raw + _SUM.pack(zlib.crc32(raw))
+
+
+def encode_index(n_keys: int, metadata: bytes, tensors: Iterable[TensorEntry]) -> bytes:
+    """The index without the checksums that end it. `metadata`: keys and values as GGUF has them."""
+    entries = [_encode_entry(t) for t in tensors]
+    counts = n_keys.to_bytes(8, "little") + len(entries).to_bytes(8, "little")
+    return counts + metadata + b"".join(entries)
+
+
+def _encode_entry(tensor: TensorEntry) -> bytes:
+    name = tensor.name.encode()
+    sizes = tensor.shape[::-1]
+    return b"".join(
+        [
+            len(name).to_bytes(8, "little"),
+            name,
+            len(sizes).to_bytes(4, "little"),
+            *(size.to_bytes(8, "little") for size in sizes),
+            type_id_of(tensor.format).to_bytes(4, "little"),
+            LAYOUTS.index(tensor.layout).to_bytes(4, "little"),
+            (1).to_bytes(4, "little"),
+            tensor.extent.offset.to_bytes(8, "little"),
+            tensor.extent.nbytes.to_bytes(8, "little"),
+            tensor.stride.to_bytes(8, "little"),
+        ]
+    )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_pack(path: str | Path) -> Manifest:
+    """The manifest of the pack at `path`: header and index, no tensor data.
+
+    Raises `ModelError` (missing, a folder), `FormatError` (bytes that break the format, with file
+    and offset), `UnsupportedError` (newer version, other byte order, a format edgert does not run).
+    """
+    path = Path(path)
+    with open_model_file(path) as (file, size):
+        raw = _read(file, path, min(size, HEADER.size))
+        header = read_header(raw, path, size)
+        end = HEADER.size + header.index_bytes
+        crc = 0
+        for at in range(HEADER.size, end, _READ_BYTES):
+            crc = zlib.crc32(_read(file, path, min(_READ_BYTES, end - at)), crc)
+        if crc != header.index_crc:
+            raise FormatError(
+                path, "the index does not match its checksum; copy or pack it again", HEADER.size
+            )
+        index = HeaderReader(file, path, end, HEADER.size)
+        metadata, tensors = _read_index(index, header)
+    if index.left != 4 * header.n_chunks:
+        raise index.error(
+            f"{index.left:,} bytes follow the tensor table, "
+            f"not {header.n_chunks:,} checksums of 4 bytes"
+        )
+    return Manifest(
+        files=(path,), file_bytes=(size,), metadata=MappingProxyType(metadata),
+        tensors=MappingProxyType(tensors),
+    )  # fmt: skip
+
+
+def _read(file: IO[bytes], path: Path, nbytes: int) -> bytes:
+    """The next bytes of the file, all of them."""
+    pieces = []
+    while nbytes > 0:
+        piece = file.read(nbytes)
+        if not piece:
+            raise FormatError(path, f"the file became shorter by {nbytes:,} bytes while read")
+        pieces.append(piece)
+        nbytes -= len(piece)
+    return b"".join(pieces)
+
+
+def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
+    """The header in `raw`, the first bytes of a file of `size` bytes. Raises as `read_pack`."""
+    if raw[: len(MAGIC)] != MAGIC:
+        raise FormatError(path, f"is not an .edgert file: it begins with {raw[:8]!r}", 0)
+    if len(raw) < HEADER.size:
+        raise FormatError(path, f"the header ends after {len(raw)} of {HEADER.size} bytes", 0)
+    fields = HEADER.unpack(raw)
+    _, order, version, file_bytes, index_bytes, data_offset, chunk, index_crc, flags = fields[:9]
+    if order == int.from_bytes(BYTE_ORDER.to_bytes(4, "little"), "big"):
+        raise UnsupportedError(f"{path} was written big-endian; edgert reads little-endian files")
+    if zlib.crc32(raw[:-4]) != fields[-1]:
+        raise FormatError(path, "the header does not match its checksum; copy or pack it again", 0)
+    if order != BYTE_ORDER:
+        raise FormatError(path, f"the byte order mark is {order:#x}, not {BYTE_ORDER:#x}", 8)
+    if version != VERSION or flags or fields[9]:
+        raise UnsupportedError(
+            f"{path} is version {version} of the .edgert format with flags {flags:#x}; this edgert "
+            f"reads version {VERSION} without flags, so pack the model again or update edgert"
+        )
+    if chunk != CHUNK_BYTES:
+        raise FormatError(path, f"checksums cover {chunk:,} bytes each, not {CHUNK_BYTES:,}", 40)
+    if file_bytes != size:
+        raise FormatError(
+            path, f"the file is {size:,} bytes long, not {file_bytes:,}; copy or pack it again", 16
+        )
+    end = HEADER.size + index_bytes
+    if end > HEADER_MAX:
+        raise FormatError(path, f"the index is longer than {format_bytes(HEADER_MAX)}", 24)
+    if end > size or data_offset != align_up(end, PAGE) or data_offset > size:
+        raise FormatError(
+            path, f"an index up to byte {end:,} and data from {data_offset:,} of {size:,}", 24
+        )
+    if size % PAGE:
+        raise FormatError(path, f"{size:,} bytes are no multiple of {PAGE:,}", 16)
+    return PackHeader(file_bytes, index_bytes, data_offset, index_crc)
+
+
+def _read_index(
+    reader: HeaderReader, header: PackHeader
+) -> tuple[dict[str, object], dict[str, TensorEntry]]:
+    n_keys = reader.u64("the number of metadata keys")
+    n_tensors = reader.u64("the number of tensors")
+    reader.check_count(n_tensors, _TENSOR_BYTES_MIN, _TENSORS_MAX, "tensors")
+    metadata = read_metadata(reader, n_keys)
+    reader.check_count(n_tensors, _TENSOR_BYTES_MIN, _TENSORS_MAX, "tensors")
+    tensors: dict[str, TensorEntry] = {}
+    for i in range(n_tensors):
+        at = reader.offset
+        entry = _read_entry(reader, f"tensor {i + 1} of {n_tensors}")
+        if entry.name in tensors:
+            raise reader.error(f"tensor {entry.name!r} appears twice", at)
+        tensors[entry.name] = entry
+    _check_extents(reader.path, header, tensors)
+    return metadata, tensors
+
+
+def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
+    name = reader.name(f"the name of {what}", _NAME_MAX)
+    what = f"tensor {name!r}"
+    at = reader.offset
+    n_dims = reader.u32(what)
+    if not 1 <= n_dims <= _DIMS_MAX:
+        raise reader.error(f"{what} has {n_dims:,} dimensions, not 1 to {_DIMS_MAX}", at)
+    sizes = [reader.u64(what) for _ in range(n_dims)]
+    fmt = _format(reader, name)
+    if 0 in sizes or prod(sizes) * (fmt.block_bytes + 4) * TILE_ROWS > _NBYTES_MAX:
+        raise reader.error(f"{what} has the impossible shape {sizes}", at)
+    if sizes[0] % fmt.block_size:
+        raise reader.error(
+            f"{what} has rows of {sizes[0]:,} weights, not a multiple of the "
+            f"{fmt.block_size} of a {fmt.name} block", at,
+        )  # fmt: skip
+    layout, n_parts = reader.u32(what), reader.u32(what)
+    if layout >= len(LAYOUTS) or n_parts != 1:
+        raise UnsupportedError(
+            f"{reader.path}: {name!r} has layout {layout} in {n_parts} parts, "
+            "which this edgert does not read; update edgert or pack the model again"
+        )
+    at = reader.offset
+    extent = Extent(0, reader.u64(what), reader.u64(what))
+    entry = TensorEntry(
+        name, fmt, tuple(reversed(sizes)), extent, LAYOUTS[layout], reader.u64(what)
+    )
+    _check_entry(reader, entry, at)
+    return entry
+
+
+def _format(reader: HeaderReader, name: str) -> QuantFormat:
+    type_id = reader.u32(f"tensor {name!r}")
+    if type_id in _PLANE_OF:
+        return _PLANE_OF[type_id]
+    try:
+        return format_of(type_id)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{reader.path}: {name!r}: {error}") from None
+
+
+def _check_entry(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
+    """Size, stride and alignment are those that shape, format and layout ask for."""
+    shape, extent, stride = entry.shape, entry.extent, entry.stride
+    stacked = entry.layout == "tiles" and len(shape) == 3
+    if entry.layout == "rows":
+        nbytes = entry.format.nbytes(shape)
+    elif len(shape) in (2, 3):
+        nbytes = tiles_bytes(entry.format, *shape[-2:])
+    else:
+        raise reader.error(f"tensor {entry.name!r} of shape {shape} cannot be in tiles", at)
+    if extent.nbytes != nbytes:
+        raise reader.error(
+            f"tensor {entry.name!r} has {extent.nbytes:,} bytes in {entry.layout}, not {nbytes:,}",
+            at,
+        )
+    aligned = extent.offset % (PART if stacked else PAGE) == 0 and stride % PAGE == 0
+    if not aligned or (stride < nbytes if stacked else stride != 0):
+        raise reader.error(
+            f"tensor {entry.name!r} lies at {extent.offset:,} with a stride of {stride:,} bytes",
+            at,
+        )
+
+
+def _check_extents(path: Path, header: PackHeader, tensors: Mapping[str, TensorEntry]) -> None:
+    """Every matrix inside the data, and no two of them over the same bytes."""
+    spans: list[tuple[int, int, str]] = []
+    for entry in tensors.values():
+        count = entry.shape[0] if entry.stride else 1
+        at, nbytes = entry.extent.offset, entry.extent.nbytes
+        end = at + (count - 1) * entry.stride + nbytes
+        if at < header.data_offset or end > header.file_bytes:
+            raise FormatError(
+                path,
+                f"tensor {entry.name!r} reaches from byte {at:,} to {end:,}, "
+                f"the data from {header.data_offset:,} to {header.file_bytes:,}",
+                at,
+            )
+        if len(spans) + count > _MATRICES_MAX:
+            raise FormatError(path, f"more than {_MATRICES_MAX:,} matrices")
+        spans += [(at + i * entry.stride, nbytes, entry.name) for i in range(count)]
+    spans.sort()
+    for (at, nbytes, name), (after, _, other) in zip(spans, spans[1:], strict=False):
+        if at + nbytes > after:
+            raise FormatError(path, f"tensors {name!r} and {other!r} overlap", after)
