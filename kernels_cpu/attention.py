@@ -84,16 +84,16 @@ _KV = npt.NDArray[np.floating]
 
 def attention_scratch_bytes(n_heads: int, n_kv: int, head_dim: int) -> int:
     """Bytes of scratch that each thread needs, a multiple of 64."""
-    queries = max(TILE_QUERIES, n_heads // n_kv)
-    return queries * query_bytes(align_up(head_dim, LANES))
+    width = align_up(head_dim, LANES)
+    return max(TILE_QUERIES, n_heads // n_kv) * (query_bytes(width) + record_bytes(width))
 
 
 def context_parts(n_kv: int, threads: int) -> int:
-    """Parts that the context of a KV head is cut into for one token: 1 when heads are enough.
+    """Parts that the context of a KV head is cut into for one token: 1 where heads are enough.
 
-    Otherwise four units for each thread, so that one that lost its core costs little.
+    Otherwise there are two units for each thread: every part starts reading from memory anew.
     """
-    return 1 if threads == 1 or n_kv >= 2 * threads else -(-4 * threads // n_kv)
+    return 1 if n_kv % threads == 0 or n_kv >= 2 * threads else -(-2 * threads // n_kv)
 
 
 def partials_bytes(n_heads: int, n_kv: int, head_dim: int, context: int, parts: int) -> int:
@@ -222,16 +222,15 @@ def _add_sink(record: int, width: int, sink: float) -> float:
 
 
 @inline
-def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratch: int) -> None:
+def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, merged: int) -> None:
     """Divide the weighted sums by the sum of the weights."""
     D = ld_i64(op + _HEAD_DIM)
     width = ld_i64(op + _WIDTH)
-    each = ld_i64(op + _QUERY_BYTES)
+    record = merged
     sinks = ld_i64(op + _SINKS)
     for t in range(n_tokens):
         row = ld_i64(op + _OUT) + (t0 + t) * ld_i64(op + _OUT_STRIDE) + 4 * D * kv * shared
         for head in range(shared):
-            record = scratch + (t * shared + head + 1) * each - (4 * width + 2 * VECTOR)
             if sinks != 0:
                 sink = ld_f32(sinks + 4 * (kv * shared + head)) * NATURAL
                 divisor = _add_sink(record, width, sink)
@@ -244,6 +243,7 @@ def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, scratc
             # Not by vectors: what follows a narrow head is another thread's.
             for i in range(4 * whole, 4 * D, 4):
                 st_f32(out + i, ld_f32(record + i) / divisor)
+            record += 4 * width + 2 * VECTOR
 
 
 @inline
@@ -276,11 +276,11 @@ def _attend_span(
 @inline
 def _attend_tile(
     op: int, scratch: int, kv: int, position: int, tokens: int, shared: int, begin: int, stop: int,
-    partials: int, half: bool,
+    merged: int, partials: int, half: bool,
 ) -> None:  # fmt: skip
-    """Spans `begin` to `stop` - 1, merged in order, or as records in `partials` when that is given.
+    """Spans `begin` to `stop` - 1, merged in order in the records at `merged`.
 
-    Those are `shared` records for each span that the (one) token sees.
+    Or, when `partials` is given, as they are: `shared` records there for each span of one token.
     """
     width = ld_i64(op + _WIDTH)
     each = ld_i64(op + _QUERY_BYTES)
@@ -289,28 +289,31 @@ def _attend_tile(
     for number in range(begin, stop):
         span = number * SPAN
         _attend_span(op, scratch, kv, span, position, tokens, shared, half)
-        for i in range(tokens * shared):
-            low = max(position + i // shared + 1 - window, 0)
-            record = scratch + i * each + 4 * width + SCORES
-            if partials != 0:
-                copy_record(partials + (number * shared + i) * size, record, width)
-            elif low >= span:
-                copy_record(record + size, record, width)
-            elif position + i // shared >= span:
-                merge_record(record + size, record, width)
+        record, into = scratch + 4 * width + SCORES, merged
+        if partials != 0:
+            into = partials + number * shared * size
+        for t in range(tokens):
+            first = partials != 0 or max(position + t + 1 - window, 0) >= span
+            for _ in range(shared):
+                if first:
+                    copy_record(into, record, width)
+                elif position + t >= span:
+                    merge_record(into, record, width)
+                record += each
+                into += size
 
 
 @inline
-def _merge_parts(op: int, scratch: int, shared: int, begin: int, stop: int, partials: int) -> None:
-    """Merge the records of spans `begin` to `stop` - 1 of one token, in order."""
+def _merge_parts(op: int, shared: int, begin: int, stop: int, merged: int, partials: int) -> None:
+    """Merge the records of spans `begin` to `stop` - 1 of one token, in order, into `merged`."""
     width = ld_i64(op + _WIDTH)
-    each = ld_i64(op + _QUERY_BYTES)
     size = 4 * width + 2 * VECTOR
     for i in range(shared):
-        merged = scratch + (i + 1) * each - size
-        copy_record(merged, partials + (begin * shared + i) * size, width)
-        for number in range(begin + 1, stop):
-            merge_record(merged, partials + (number * shared + i) * size, width)
+        into, record = merged + i * size, partials + (begin * shared + i) * size
+        copy_record(into, record, width)
+        for _ in range(begin + 1, stop):
+            record += shared * size
+            merge_record(into, record, width)
 
 
 @inline
@@ -320,12 +323,11 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
     shared = ld_i64(op + _N_HEADS) // n_kv
     tokens = ld_i64(frame + N_TOKENS)
     tile = max(TILE_QUERIES // shared, 1)
+    merged = scratch + max(TILE_QUERIES, shared) * ld_i64(op + _QUERY_BYTES)
     parts = ld_i64(op + _PARTS)
-    record = 4 * ld_i64(op + _WIDTH) + 2 * VECTOR
-    of_head = (ld_i64(op + _CONTEXT) + SPAN - 1) // SPAN * shared * record
     for unit in range(start, stop):
         kv = unit // (tokens * parts)
-        t0 = unit % (tokens * parts)
+        t0 = unit - kv * tokens * parts
         part = 0
         if tokens == 1:
             t0, part = 0, t0
@@ -335,26 +337,26 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
         position = ld_i64(frame + POSITION) + t0
         begin = max(position + 1 - ld_i64(op + _WINDOW), 0) // SPAN
         end = (position + T - 1) // SPAN + 1
-        spans = end - begin
         # With several parts of several spans each part leaves records, and the last merges them.
-        cut = min(parts, spans) if tokens == 1 else 1
-        first, last = begin + part * spans // parts, begin + (part + 1) * spans // parts
-        done = ld_i64(op + _PARTIALS) + kv * _CELL
-        partials = ld_i64(op + _PARTIALS) + n_kv * _CELL + kv * of_head
-        if cut == 1:
-            if part > 0:
-                continue
-            first, last, partials = begin, end, 0
-        elif first == last:
+        cut = min(parts, end - begin) if tokens == 1 else 1
+        first, last, partials = begin, end, 0
+        if cut > 1:
+            first = begin + part * (end - begin) // parts
+            last = begin + (part + 1) * (end - begin) // parts
+            spans = (ld_i64(op + _CONTEXT) + SPAN - 1) // SPAN
+            of_head = spans * shared * (4 * ld_i64(op + _WIDTH) + 2 * VECTOR)
+            partials = ld_i64(op + _PARTIALS) + n_kv * _CELL + kv * of_head
+        if first == last or (cut == 1 and part > 0):
             continue
         _load_queries(op, t0, T, kv, shared, scratch)
-        _attend_tile(op, scratch, kv, position, T, shared, first, last, partials, half)
+        _attend_tile(op, scratch, kv, position, T, shared, first, last, merged, partials, half)
         if cut > 1:
+            done = ld_i64(op + _PARTIALS) + kv * _CELL
             if atomic_add(done, 1) != cut - 1:
                 continue
             store_int(done, 0)
-            _merge_parts(op, scratch, shared, begin, end, partials)
-        _store_outputs(op, t0, T, kv, shared, scratch)
+            _merge_parts(op, shared, begin, end, merged, partials)
+        _store_outputs(op, t0, T, kv, shared, merged)
 
 
 @kernel(void("iiiii"))

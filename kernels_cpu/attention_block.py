@@ -47,9 +47,9 @@ __all__ = [
     "reset_record",
 ]
 
-# Scratch of one query: the query (`width` floats), 64 scores, then two records, of the span at work
-# and of the spans before. A record is the weighted sum (`width` floats), a vector that begins with
-# the maximum, and 16 partial sums of the weights.
+# Scratch of one query: the query (`width` floats), 64 scores, and the record of the span at work. A
+# record is the weighted sum (`width` floats), a vector that begins with the maximum, and 16 partial
+# sums of the weights. Records of the spans before are elsewhere: the first-level cache is small.
 SCORES = 4 * BLOCK
 VECTOR = 4 * LANES
 
@@ -240,7 +240,7 @@ def record_bytes(width: int) -> int:
 
 def query_bytes(width: int) -> int:
     """Bytes of scratch of one query."""
-    return 4 * width + SCORES + 2 * record_bytes(width)
+    return 4 * width + SCORES + record_bytes(width)
 
 
 @inline
