@@ -7,7 +7,7 @@ head that takes its part of the softmax and adds nothing.
 
 Queries are scaled once, with log2(e), so that weights are powers of two. The softmax is online:
 blocks of 64 positions, at absolute multiples of 64, in order; each moves the running maximum,
-rescales what was summed and adds its positions in order. Every span of 512 positions begins anew,
+rescales what was summed and adds its positions in order. Every span of 1024 positions begins anew,
 and what spans have summed is merged in order: so threads may share a long context. A query's
 arithmetic is fixed by its position alone: not by the chunk it arrives in, the queries it shares
 loads with, the parts its context is cut into, or the thread. Positions that a query does not see
@@ -222,11 +222,12 @@ def _add_sink(record: int, width: int, sink: float) -> float:
 
 
 @inline
-def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, merged: int) -> None:
-    """Divide the weighted sums by the sum of the weights."""
+def _store_outputs(
+    op: int, t0: int, n_tokens: int, kv: int, shared: int, record: int, apart: int
+) -> None:
+    """Divide the weighted sums by the sum of the weights; records are `apart` bytes apart."""
     D = ld_i64(op + _HEAD_DIM)
     width = ld_i64(op + _WIDTH)
-    record = merged
     sinks = ld_i64(op + _SINKS)
     for t in range(n_tokens):
         row = ld_i64(op + _OUT) + (t0 + t) * ld_i64(op + _OUT_STRIDE) + 4 * D * kv * shared
@@ -243,7 +244,7 @@ def _store_outputs(op: int, t0: int, n_tokens: int, kv: int, shared: int, merged
             # Not by vectors: what follows a narrow head is another thread's.
             for i in range(4 * whole, 4 * D, 4):
                 st_f32(out + i, ld_f32(record + i) / divisor)
-            record += 4 * width + 2 * VECTOR
+            record += apart
 
 
 @inline
@@ -276,31 +277,30 @@ def _attend_span(
 @inline
 def _attend_tile(
     op: int, scratch: int, kv: int, position: int, tokens: int, shared: int, begin: int, stop: int,
-    merged: int, partials: int, half: bool,
+    into: int, step: int, kept: int, half: bool,
 ) -> None:  # fmt: skip
-    """Spans `begin` to `stop` - 1, merged in order in the records at `merged`.
+    """Spans `begin` to `stop` - 1, merged in order at `into` for the first `kept` tokens.
 
-    Or, when `partials` is given, as they are: `shared` records there for each span of one token.
+    With a `step` (of one token) each span's are left as they are, `step` bytes after the last's.
     """
     width = ld_i64(op + _WIDTH)
     each = ld_i64(op + _QUERY_BYTES)
     window = ld_i64(op + _WINDOW)
-    size = 4 * width + 2 * VECTOR
+    merging = 1 if step == 0 else 0  # a number: LLVM makes two of the whole loop for a condition
     for number in range(begin, stop):
         span = number * SPAN
         _attend_span(op, scratch, kv, span, position, tokens, shared, half)
-        record, into = scratch + 4 * width + SCORES, merged
-        if partials != 0:
-            into = partials + number * shared * size
-        for t in range(tokens):
-            first = partials != 0 or max(position + t + 1 - window, 0) >= span
+        record, other = scratch + 4 * width + SCORES, into
+        for at in range(position, position + kept):
+            first = max(at + 1 - window, 0) >= span * merging
             for _ in range(shared):
                 if first:
-                    copy_record(into, record, width)
-                elif position + t >= span:
-                    merge_record(into, record, width)
+                    copy_record(other, record, width)
+                elif at >= span:
+                    merge_record(other, record, width)
                 record += each
-                into += size
+                other += 4 * width + 2 * VECTOR
+        into += step
 
 
 @inline
@@ -323,7 +323,9 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
     shared = ld_i64(op + _N_HEADS) // n_kv
     tokens = ld_i64(frame + N_TOKENS)
     tile = max(TILE_QUERIES // shared, 1)
-    merged = scratch + max(TILE_QUERIES, shared) * ld_i64(op + _QUERY_BYTES)
+    width = ld_i64(op + _WIDTH)
+    each = ld_i64(op + _QUERY_BYTES)
+    merged = scratch + max(TILE_QUERIES, shared) * each
     parts = ld_i64(op + _PARTS)
     for unit in range(start, stop):
         kv = unit // (tokens * parts)
@@ -339,24 +341,28 @@ def _attend(op: int, frame: int, start: int, stop: int, tid: int, half: bool) ->
         end = (position + T - 1) // SPAN + 1
         # With several parts of several spans each part leaves records, and the last merges them.
         cut = min(parts, end - begin) if tokens == 1 else 1
-        first, last, partials = begin, end, 0
+        first, last, partials, step, kept = begin, end, 0, 0, T
+        into, records, apart = merged, merged, 4 * width + 2 * VECTOR
+        if end - begin == 1:
+            records, apart, kept = scratch + 4 * width + SCORES, each, 0  # nothing to merge
         if cut > 1:
             first = begin + part * (end - begin) // parts
             last = begin + (part + 1) * (end - begin) // parts
+            step = shared * (4 * width + 2 * VECTOR)
             spans = (ld_i64(op + _CONTEXT) + SPAN - 1) // SPAN
-            of_head = spans * shared * (4 * ld_i64(op + _WIDTH) + 2 * VECTOR)
-            partials = ld_i64(op + _PARTIALS) + n_kv * _CELL + kv * of_head
+            partials = ld_i64(op + _PARTIALS) + n_kv * _CELL + kv * spans * step
+            into = partials + first * step
         if first == last or (cut == 1 and part > 0):
             continue
         _load_queries(op, t0, T, kv, shared, scratch)
-        _attend_tile(op, scratch, kv, position, T, shared, first, last, merged, partials, half)
+        _attend_tile(op, scratch, kv, position, T, shared, first, last, into, step, kept, half)
         if cut > 1:
             done = ld_i64(op + _PARTIALS) + kv * _CELL
             if atomic_add(done, 1) != cut - 1:
                 continue
             store_int(done, 0)
             _merge_parts(op, shared, begin, end, merged, partials)
-        _store_outputs(op, t0, T, kv, shared, merged)
+        _store_outputs(op, t0, T, kv, shared, records, apart)
 
 
 @kernel(void("iiiii"))

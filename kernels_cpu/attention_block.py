@@ -296,26 +296,18 @@ def attend_block(
         if seen + t < BLOCK or low + t > 0:
             _mask(scores + i * each, max(low + t, 0), seen + t)
         _softmax_step(scores + i * each, record + i * each, width)
-    # For each token the values before those that all see, then these for all queries, then for
-    # each token those after. Where the tokens have none in common, each takes all its own first.
-    first, stop = max(low + tokens - 1, 0), min(seen, BLOCK)
-    for piece in range(2 * tokens + 1):
-        t = piece if piece < tokens else piece - tokens - 1
-        begin, end = max(low + t, 0), min(seen + t, BLOCK)
-        together = 1
-        ahead = values
-        if piece == tokens:
-            t, together, begin, end = 0, tokens, first, stop
-            ahead = keys + BLOCK * D * size
-        elif first >= stop:
-            end = end if piece < tokens else begin
-        elif piece < tokens:
-            end = first
-        else:
-            begin = stop
+    # The values that all see for all queries, then for each token those it sees beyond. Where a
+    # window begins in the block each token takes its own: once in a window, so it need not be fast.
+    common = min(seen, BLOCK) if low + tokens <= 1 else 0
+    _multiply(
+        record, scores, each, queries, values, width * size, common, width,
+        keys + BLOCK * D * size, half,
+    )  # fmt: skip
+    for t in range(tokens if common < BLOCK else 0):
+        begin, end = max(low + t, common), min(seen + t, BLOCK)
         if begin < end:
-            at = t * shared * each
+            at, own = t * shared * each, values + begin * width * size
             _multiply(
-                record + at, scores + at + 4 * begin, each, together * shared,
-                values + begin * width * size, width * size, end - begin, width, ahead, half,
+                record + at, scores + at + 4 * begin, each, shared, own, width * size,
+                end - begin, width, own, half,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from edgert.kernels_cpu.vmath import LOG2E, exp2_ref, fma_ref, lane_sum_ref
 
 __all__ = ["NATURAL", "NO_WINDOW", "SPAN", "attention_ref"]
 
-SPAN = 512  # positions summed apart from the rest, at absolute multiples: a multiple of BLOCK
+SPAN = 1024  # positions summed apart from the rest, at absolute multiples: a multiple of BLOCK
 NO_WINDOW = 1 << 40  # positions
 NATURAL = np.float32(LOG2E)  # sinks are logits of e, weights powers of two
 

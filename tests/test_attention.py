@@ -258,7 +258,7 @@ def test_a_context_is_cut_only_for_threads_without_a_head() -> None:
     assert [context_parts(n, 2) for n in (1, 2, 3, 4, 5, 8)] == [4, 1, 2, 1, 1, 1]
     assert [context_parts(n, 4) for n in (1, 2, 4, 6, 8)] == [8, 4, 1, 2, 1]
     assert partials_bytes(32, 4, 64, 8192, 1) == 0
-    assert partials_bytes(8, 1, 128, 8192, 8) == 64 + 8 * 16 * (4 * 128 + 128)
+    assert partials_bytes(8, 1, 128, 8192, 8) == 64 + 8 * 8 * (4 * 128 + 128)
 
 
 def test_attention_refuses_what_does_not_fit() -> None:

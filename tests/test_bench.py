@@ -136,9 +136,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_kernels(small: None) -> None:
-    options = ("bench", "--kernels", "--formats", "F32,Q8_0", "-t", 2, "--trials", 2)
+    options = ("bench", "--kernels", "--formats", "F32,Q8_0,P3_128", "-t", 2, "--trials", 2)
     found = json.loads(inside(*options, "--json").stdout)["kernels"]
-    for name in ("F32", "Q8_0"):
+    for name in ("F32", "Q8_0", "P3_128"):
         measured = [f for f in found if f["format"] == name]
         kinds = [(f["what"], f["tokens"], f["source"], f["threads"]) for f in measured]
         batches = [("matmul", n, "DRAM", 2) for n in (1, 4, 8, 9)]
@@ -157,8 +157,8 @@ def test_kernels(small: None) -> None:
     assert hashes[0] == hashes[1], "results depend on threads"
 
     lines = inside(*options).stdout.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["format", "F32", "Q8_0"]
-    assert lines[3].startswith("limits with 2 threads: read ")
+    assert [line.split()[0] for line in lines[:4]] == ["format", "F32", "Q8_0", "P3_128"]
+    assert lines[4].startswith("limits with 2 threads: read ")
     assert rows_of(inside(*options, "--csv").stdout)[0].keys() == found[0].keys()
 
 
