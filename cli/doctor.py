@@ -20,10 +20,11 @@ __all__ = ["doctor", "doctor_text"]
 @json_option
 @debug_options
 def doctor(model: Path | None, as_json: bool) -> None:
-    """Look at the machine: CPU, threads, memory, disk, kernel cache, device profile.
+    """Look at the machine: CPU, threads, memory, disk, kernel cache.
 
-    Measures how fast memory and the disk under MODEL are read. Ends with code 1 when something
-    keeps edgert from working; a warning does not. Each problem comes with what to do.
+    Measures how fast memory and the disk under MODEL are read, and shows the profile of the
+    machine that plan predicts with. Ends with code 1 when something keeps edgert from working; a
+    warning does not. Each problem comes with what to do.
     """
     facts = edgert.diagnose(model)
     if as_json:

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from threading import Timer
+from threading import Event, Timer
 from typing import Any
 
 import edgert
@@ -94,7 +94,7 @@ def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Si
         worker = EngineWorker(name, group.command(argv) if group else argv, env)
         stack.callback(worker.close)
         try:
-            with _limited(worker, time_limit):
+            with _limited(worker, time_limit) as late:
                 worker.wait_ready(lambda *_: None)
                 tokens = text[_PAST : _PAST + case.max_tokens]
                 answer = worker.ask(text[:_PAST], tokens, True)
@@ -106,19 +106,28 @@ def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Si
         except InputError:
             raise
         except EdgertError as error:
-            side.message = str(error)
+            side.message = f"not done within {time_limit:.0f} s" if late.is_set() else str(error)
         if group is not None:
             side.peak_bytes = group.peak_bytes() or 0
     return side
 
 
 @contextmanager
-def _limited(worker: EngineWorker, seconds: float) -> Iterator[None]:
-    """End the worker's process after so long; whoever reads from it then gets an error."""
-    timer = Timer(seconds, worker.kill)
+def _limited(worker: EngineWorker, seconds: float) -> Iterator[Event]:
+    """End the worker's process after so long; whoever reads from it then gets an error.
+
+    The event is set when that was the reason.
+    """
+    late = Event()
+
+    def end() -> None:
+        late.set()
+        worker.kill()
+
+    timer = Timer(seconds, end)
     timer.start()
     try:
-        yield
+        yield late
     finally:
         timer.cancel()
 

@@ -85,19 +85,35 @@ def leaving_order(opened: Plan) -> tuple[int, ...]:
     """Numbers of the tiles of a plan, the one that leaves first at the end.
 
     What was resident when the model was opened stays longest, and of that the output head. The
-    rest follows van der Corput's sequence (the bits of a tile's rank, read backwards): the first n
-    of it are spread evenly over the pass for every n, as a short ring needs it.
+    rest follows van der Corput's sequence (the bits of a rank, read backwards): the first n of it
+    are spread evenly over the pass for every n, as a short ring needs it. Ranks are those of tiles
+    that were streamed, and of runs of a tensor's tiles that were resident: a run stays one piece of
+    memory, and one row of the program. (Tile by tile a resident 1B model had 706 rows instead of
+    210 and lost 7 % of its speed.)
     """
     resident = [i for i, tile in enumerate(opened.tiles) if tile.stream_index < 0]
     streamed = [i for i, tile in enumerate(opened.tiles) if tile.stream_index >= 0]
     order: list[int] = []
-    for group in (resident, streamed):
-        order += [i for i in group if opened.tiles[i].is_head]
-        order += _spread([i for i in group if not opened.tiles[i].is_head])
+    for runs in (_runs(opened, resident), [[i] for i in streamed]):
+        heads = [run for run in runs if opened.tiles[run[0]].is_head]
+        others = _spread([run for run in runs if not opened.tiles[run[0]].is_head])
+        order += [i for run in (*heads, *others) for i in run]
     return tuple(order)
 
 
-def _spread(items: Sequence[int]) -> list[int]:
+def _runs(opened: Plan, numbers: Sequence[int]) -> list[list[int]]:
+    """Tile numbers, ascending, as runs of neighbours within a tensor."""
+    kinds = [(tile.tensor, tile.is_head) for tile in opened.tiles]
+    runs: list[list[int]] = []
+    for i in numbers:
+        if runs and runs[-1][-1] == i - 1 and kinds[i - 1] == kinds[i]:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _spread(items: Sequence[list[int]]) -> list[list[int]]:
     bits = max(len(items) - 1, 0).bit_length()
     ranks = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
     return [items[rank] for rank in ranks if rank < len(items)]

@@ -6,10 +6,8 @@ know how a pass is computed (forward.py) or how text is made (session.py).
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,8 +18,8 @@ from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
 from edgert.device_profile import load_profile, note_drift
-from edgert.elastic import Rooms, resized, rooms_of
-from edgert.errors import BudgetError, CancelledError, EdgertError, InputError
+from edgert.elastic_arena import ElasticArena, arena_bytes
+from edgert.errors import EdgertError, InputError
 from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
@@ -37,18 +35,15 @@ from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.prediction import Prediction, predict
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
-from edgert.storage.arena import Arena, promised_bytes
 from edgert.storage.backend import Backend
 from edgert.threads import ThreadTeam
 from edgert.timeline import Span, Timeline, no_span
 from edgert.tokenizer import Tokenizer
-from edgert.units import KIB, align_up
 from edgert.weights import Weights
 
 __all__ = ["Engine"]
 
 Messages = Sequence[Mapping[str, Any]]
-_resizing = threading.Lock()  # one change at a time in the process: each counts the others' memory
 _RATE_SECONDS = 0.25  # long enough for a rate within some 5 %
 
 
@@ -84,15 +79,17 @@ class Engine:
         self._cached_before = cached_bytes(self._files)
         self._closed = False
         self._closing = threading.Lock()
-        need = self._need = need_of(
+        need = need_of(
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
         try:
-            rooms = self._take_arena(plan, need)
+            self._elastic = ElasticArena(plan, need)
+            self._arena = self._elastic.arena
+            self._held.append(self._arena.close)
             self.weights = Weights(
                 timeline.watch(backend) if timeline else backend, opened.manifest, need, plan,
-                self._arena, rooms, self.span,
+                self._arena, self._elastic.rooms, self.span,
             )  # fmt: skip
             self._held.append(self.weights.close)
             self._timeline, self._manifest = timeline, opened.manifest
@@ -101,21 +98,6 @@ class Engine:
         except BaseException:
             self.close()
             raise
-
-    def _take_arena(self, plan: Plan, need: Need) -> Rooms | None:
-        """The one allocation, with addresses for other budgets where the system has them."""
-        nbytes = _arena_bytes(plan)
-        self._others_bytes = promised_bytes()  # part of the plan's process
-        rooms: Rooms | None = rooms_of(plan, need) if sys.platform != "win32" else None
-        try:
-            self._arena = Arena(nbytes, rooms.total if rooms else 0)
-        except EdgertError:
-            if rooms is None:
-                raise
-            rooms, self._arena = None, Arena(nbytes)
-        self._held.append(self._arena.close)
-        self._opened_plan = plan if rooms else None
-        return rooms
 
     def _open(self, need: Need, on_progress: Progress | None) -> None:
         plan, spec = self.plan, self.spec
@@ -219,6 +201,11 @@ class Engine:
         self.prediction = self._predict()
         return self.device_bytes_per_s
 
+    @property
+    def predicted_tok_s(self) -> float:
+        """Decode speed to expect at the device's rate last measured; 0 without a device profile."""
+        return self.prediction.decode_tok_s if self.prediction else 0.0
+
     def memory(self) -> MemoryReport:
         """Planned against real memory, region by region and as the system counts it; any time."""
         self._check_open()
@@ -247,42 +234,18 @@ class Engine:
         self._check_open()
         LoadOptions(memory_budget=budget)  # refuses what is no size
         nbytes = within_cgroup(resolve_budget(budget, self.plan.full_bytes, available_bytes()))
-        stop = threading.Event()
-        with _resizing, ThreadPoolExecutor(1, "edgert-resize") as worker:
-            self._check_open()  # the arena is gone with it
-            plan = self._plan_for(nbytes)
-            # In a thread of its own, so that Ctrl-C never tears it: it ends the reading instead.
-            done = worker.submit(self._resize, plan, stop)
-            try:
-                done.result()
-            except OSError as error:  # no pipe or thread for a ring
-                raise EdgertError(f"the memory budget stays as it was: {error}") from error
-            except BaseException:
-                stop.set()
-                raise
-            self.prediction = self._predict()
+        self._elastic.change(nbytes, self._resize)
+        self.prediction = self._predict()
         return self.plan
 
     def smallest_budget(self) -> int:
         """The smallest budget in bytes that `set_memory_budget` can come down to now."""
-        try:
-            return self._plan_for(1).total_bytes
-        except BudgetError as error:
-            return error.need_bytes
+        return self._elastic.smallest_budget()
 
-    def _plan_for(self, nbytes: int) -> Plan:
-        if self._opened_plan is None:
-            raise EdgertError(
-                "the system gave no addresses for a budget that changes; load the model again"
-            )
-        others = promised_bytes() - self._arena.nbytes - self._others_bytes
-        return resized(self._opened_plan, self._need, nbytes, others=others)
-
-    def _resize(self, plan: Plan, stop: threading.Event) -> None:
+    def _resize(self, plan: Plan, go_on: Callable[[], None]) -> None:
         def on_read(_done: int, _total: int) -> None:
             self.forward.check_open()
-            if stop.is_set():
-                raise CancelledError
+            go_on()
 
         def make() -> tuple[Plan, Program]:
             program, inner = build_program(self._graph, self.weights.under(plan))
@@ -291,7 +254,7 @@ class Engine:
             self.plan, self._inner_rows = plan, inner
             return plan, program
 
-        self.forward.change(make, at_once=_arena_bytes(plan) < _arena_bytes(self.plan))
+        self.forward.change(make, at_once=arena_bytes(plan) < arena_bytes(self.plan))
         trim_heap()
 
     def __repr__(self) -> str:
@@ -430,9 +393,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _arena_bytes(plan: Plan) -> int:
-    """All regions but the process itself, and room for the alignment of each."""
-    taken = plan.total_bytes - plan.region("process").nbytes
-    return align_up(taken + 64 * KIB, 4096)

@@ -83,8 +83,7 @@ class Forward:
         self._boundary = threading.Condition()  # held by a pass, and by a change between two
         self._change_waits = False
         self.stats = PassStats()
-        growth = _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH
-        self.costs = PassCosts(_EXPERTS_GROWTH if plan.expert_slots else growth)
+        self.costs = PassCosts(_growth(plan))
 
     def cancel(self, ticket: Ticket) -> None:
         """End the requests with this ticket, one under way within one op; no other is touched."""
@@ -132,6 +131,7 @@ class Forward:
                 self._team.settle()
                 self._broken = True  # the streams begin again, whatever comes of it
                 self._plan, self._program = make()
+                self.costs.forget(_growth(self._plan))
             finally:
                 self._change_waits = False
                 self._boundary.notify_all()
@@ -249,3 +249,10 @@ class Forward:
         self._team.take_stall_ns()
         self._pass = 0
         self._broken = False
+
+
+def _growth(plan: Plan) -> float:
+    """What a token more may add to a pass under a plan."""
+    if plan.expert_slots:
+        return _EXPERTS_GROWTH
+    return _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH

@@ -54,7 +54,8 @@ class Shape:
 
 
 # From comfortable to frugal. Tiles of 1 MiB reach what those of 2 MiB do (1.00 GB/s of a disk at
-# 1 GB/s, 2.0 of one at 2.3), in 16 MiB instead of 36.
+# 1 GB/s, 2.0 of one at 2.3), in 16 MiB instead of 36. Of six threads four read and two repack
+# (storage/README.md).
 _SHAPES = (
     Shape(256, 10, MIB, 6), Shape(128, 10, MIB, 6), Shape(64, 10, MIB, 6),
     Shape(32, 12, MIB // 2, 4), Shape(16, 8, MIB // 4, 4), Shape(8, 6, MIB // 4, 3),

@@ -25,11 +25,15 @@ __all__ = ["PressureGauge", "Reading", "Standing", "follow_pressure", "next_stan
 
 _LOG = logging.getLogger(__name__)
 
-PERIOD_SECONDS = 0.25  # between two readings: memory is back well within a second
+PERIOD_SECONDS = 0.1  # between two readings: all eight steps down take less than a second
 STALLED_SHARE = 0.10  # of the time, some program waited for memory
 CALM_SECONDS = 10.0  # without pressure before a budget grows, and between two steps of growth
 STEPS = 8  # from the given budget down to the floor
-RESERVE_PART = 64  # of a machine's or group's memory: less than 1/64 free is pressure
+# Less free memory than this is pressure: 1/20 of a machine's or group's, at most 512 MiB. It has to
+# outlast what another program takes between two readings: with 1/64 of a group of 1.2 GiB, 40 MiB
+# taken at once were too much.
+RESERVE_PART = 20
+RESERVE_MOST = 512 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +87,14 @@ class PressureGauge:
     def read(self) -> Reading:
         """What the machine says now."""
         seconds, stall, high = time.monotonic(), memory_stall_seconds(), high_events()
-        free, total = min(memory_domains(), key=lambda d: d[0] - d[1] // RESERVE_PART)
+        domains = (
+            (free, min(total // RESERVE_PART, RESERVE_MOST)) for free, total in memory_domains()
+        )
+        free, reserve = min(domains, key=lambda domain: domain[0] - domain[1])
         stalled = (stall - self._stall) / max(seconds - self._seconds, 1e-3)
         squeezed = high > self._high
         self._seconds, self._stall, self._high = seconds, stall, high
-        return Reading(seconds, stalled, squeezed, free, total // RESERVE_PART)
+        return Reading(seconds, stalled, squeezed, free, reserve)
 
 
 @contextmanager

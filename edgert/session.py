@@ -115,7 +115,6 @@ class _Meter:
         decode_read = read - self._decode[1] if decoded else 0
         plan = self._engine.plan
         computed = self._prompt_tokens - self._reused
-        prediction = self._engine.prediction
         return RunStats(
             prompt_tokens=self._prompt_tokens,
             reused_tokens=self._reused,
@@ -131,7 +130,7 @@ class _Meter:
             read_bytes_per_token=decode_read / decoded if decoded else 0.0,
             read_bytes_per_s=decode_read / decode if decoded and decode > 0 else 0.0,
             device_bytes_per_s=self._engine.device_bytes_per_s,
-            predicted_tok_s=prediction.decode_tok_s if prediction else 0.0,
+            predicted_tok_s=self._engine.predicted_tok_s,
             stall_share=(stalled - self._decode[2]) / decode if decoded and decode > 0 else 0.0,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),

@@ -147,6 +147,12 @@ class PassCosts:
             self._seconds[n].append(seconds)
             self.latest = seconds
 
+    def forget(self, growth: float) -> None:
+        """Passes cost something else from now on."""
+        self._growth = growth
+        for seconds in self._seconds:
+            seconds.clear()
+
     def table(self, most: int) -> list[float]:
         """Seconds of passes of 0 (not used) to `most` tokens; empty if one of 1 is to be timed."""
         costs = [0.0, 0.0]  # as far as the largest size that was timed, then to the end

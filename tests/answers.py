@@ -32,4 +32,4 @@ def answer(engine: Engine) -> tuple[tuple[int, ...], str]:
 
 def range_of(engine: Engine) -> tuple[int, int]:
     """The smallest budget of an engine, and the smallest that holds everything."""
-    return engine.smallest_budget(), engine._plan_for(2**60).total_bytes
+    return engine.smallest_budget(), engine._elastic.plan_for(2**60).total_bytes

@@ -110,11 +110,16 @@ def test_tiles_leave_evenly(resident: list[bool], heads: int) -> None:
 
     class Opened:
         tiles = [Tile(-1 if r else 0, i < heads) for i, r in enumerate(resident)]
+        for i, tile in enumerate(tiles):
+            tile.tensor = str(i // 5)
 
     order = leaving_order(Opened)  # type: ignore[arg-type]
     assert sorted(order) == list(range(len(resident)))
     kinds = [(not resident[i], i >= heads) for i in order]
     assert kinds == sorted(kinds)
+    for a, b in pairwise(range(len(resident))):  # a tensor's resident neighbours stay neighbours
+        if resident[a] and resident[b] and a // 5 == b // 5 and (a >= heads or b < heads):
+            assert order.index(b) == order.index(a) + 1
     rest = [i for i in order if not resident[i] and i >= heads]
     rank = {item: position for position, item in enumerate(sorted(rest))}
     for count in range(1, len(rest) + 1):
@@ -125,7 +130,7 @@ def test_tiles_leave_evenly(resident: list[bool], heads: int) -> None:
 
 class Tile:
     def __init__(self, stream_index: int, is_head: bool) -> None:
-        self.stream_index, self.is_head = stream_index, is_head
+        self.stream_index, self.is_head, self.tensor = stream_index, is_head, ""
 
 
 # ----------------------------------------------------------------------------- the arena
