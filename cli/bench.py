@@ -95,7 +95,7 @@ def _model_was_typed() -> bool:
 @click.option(
     "--formats",
     metavar="LIST",
-    help="Number formats for --kernels, like Q4_0,Q8_0; by default all.",
+    help="Number formats for --kernels, like Q4_0,P3_128; by default those of GGUF.",
 )
 @click.option(
     "--attention",

@@ -74,15 +74,16 @@ def kernels_text(found: dict[str, Any]) -> str:
 
 
 def attention_text(found: dict[str, Any]) -> str:
-    """`bench_attention`'s object for people: a line for each context, then the limits."""
+    """`bench_attention`'s object for people: a line for each shape, then the limits."""
     figures = found["kernels"]
     limits = {f["format"]: f for f in figures if f["what"] == "limit"}
-    by_context: dict[int, list[dict[str, Any]]] = {}
+    by_shape: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for f in figures:
         if f["what"] == "attention":
-            by_context.setdefault(f["context"], []).append(f)
+            by_shape.setdefault((f["kv_heads"], f["context"]), []).append(f)
     lines = [
         [
+            str(kv_heads),
             str(context),
             f"{one['gb_s']:.1f}",
             f"{100 * one['of_read']:.0f} %",
@@ -91,11 +92,11 @@ def attention_text(found: dict[str, Any]) -> str:
             f"{100 * many['of_peak']:.0f} %",
             f"#{many['hash'][:8]}",
         ]
-        for context, (one, many) in by_context.items()
+        for (kv_heads, context), (one, many) in by_shape.items()
     ]
     tokens = max(f["tokens"] for f in figures)
-    header = ["context", "1 token GB/s", "of read", "GMAC/s", f"{tokens} tok GMAC/s", "of peak",
-              "hash"]  # fmt: skip
+    header = ["KV heads", "context", "1 token GB/s", "of read", "GMAC/s",
+              f"{tokens} tok GMAC/s", "of peak", "hash"]  # fmt: skip
     return f"{table(header, lines)}\n{_limits_text(limits)}"
 
 

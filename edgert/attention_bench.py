@@ -8,11 +8,19 @@ decode; a chunk of a prompt walks one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from edgert.bench_harness import Case, Harness, KernelFigures, result_hash
-from edgert.kernels_cpu.attention import attention_kernel, attention_op, attention_scratch_bytes
+from edgert.kernels_cpu.attention import (
+    attention_kernel,
+    attention_op,
+    attention_scratch_bytes,
+    context_parts,
+    partials_bytes,
+)
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.program import Program, ProgramBuilder
 from edgert.machine import default_threads
@@ -20,7 +28,8 @@ from edgert.units import MIB
 
 __all__ = ["bench_attention"]
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # of a layer, as in models of 8 billion parameters
+SHARED, HEAD_DIM = 4, 128  # query heads of a KV head, as in models of 8 billion parameters
+KV_HEADS = (8, 1)  # of a layer: theirs, and one that threads must share
 CONTEXTS = (64, 256, 1024, 4096, 8192)
 PROMPT_TOKENS = 64
 CHAIN_BYTES = 256 * MIB  # of the KV caches of one walk
@@ -41,11 +50,13 @@ def bench_attention(
     harness = Harness(default_threads() if threads is None else threads)
     try:
         bench = _Layers(harness, kv_cache_type)
-        for number, context in enumerate(contexts):
+        shapes = [(kv_heads, context) for kv_heads in KV_HEADS for context in contexts]
+        for number, (kv_heads, context) in enumerate(shapes):
             if on_progress:
-                on_progress(f"context {context}", number, len(contexts))
-            cases = [bench.case(context, 1), bench.case(context, PROMPT_TOKENS)]
-            yield from harness.measure(kv_cache_type, "attention", cases, bench.result, trials)
+                on_progress(f"{kv_heads} KV heads, context {context}", number, len(shapes))
+            cases = [bench.case(kv_heads, context, n) for n in (1, PROMPT_TOKENS)]
+            for figures in harness.measure(kv_cache_type, "attention", cases, bench.result, trials):
+                yield replace(figures, kv_heads=kv_heads)
         yield from harness.limit_figures()
     finally:
         harness.close()
@@ -58,24 +69,26 @@ class _Layers:
         self._harness = harness
         self._kv_type = kv_cache_type
         rng = np.random.default_rng(0)
-        shape = (PROMPT_TOKENS, HEADS * HEAD_DIM)
+        shape = (PROMPT_TOKENS, SHARED * max(KV_HEADS) * HEAD_DIM)
         self._q = rng.standard_normal(shape).astype(np.float32)
         self._out = np.zeros(shape, np.float32)
-        self._scratch_bytes = attention_scratch_bytes(HEADS, KV_HEADS, HEAD_DIM)
-        self._scratch = np.zeros(self._scratch_bytes * harness.team.threads + 64, np.uint8)
+        self._each = max(attention_scratch_bytes(SHARED * n, n, HEAD_DIM) for n in KV_HEADS)
+        self._scratch = np.zeros(self._each * harness.team.threads + 64, np.uint8)
+        self._partials: list[npt.NDArray[np.uint8]] = []  # of programs that are still walked
         dtype = np.float16 if kv_cache_type == "f16" else np.float32
         values = rng.standard_normal(65536).astype(dtype).view(np.uint8)
         arena = harness.arena[: len(harness.arena) // len(values) * len(values)]
         arena.reshape(-1, len(values))[:] = values
 
-    def case(self, context: int, tokens: int) -> Case:
+    def case(self, kv_heads: int, context: int, tokens: int) -> Case:
         """`tokens` tokens, the last of them at position `context` - 1."""
-        layout = KvLayout(KV_HEADS, HEAD_DIM, context, self._kv_type)
+        layout = KvLayout(kv_heads, HEAD_DIM, context, self._kv_type)
         layers = -(-CHAIN_BYTES // layout.layer_bytes) if tokens == 1 else 1
         position = context - tokens
         seen = sum(range(position + 1, context + 1))  # by all tokens together
-        macs = 2 * HEADS * HEAD_DIM * seen * layers
+        macs = 2 * SHARED * kv_heads * HEAD_DIM * seen * layers
         nbytes = layout.layer_bytes * layers
+        self._out[:] = 0
         program = self._program(layout, layers)
         return Case(
             program, self._harness.team, tokens, nbytes, macs, peak="fma", position=position
@@ -83,16 +96,22 @@ class _Layers:
 
     def _program(self, layout: KvLayout, layers: int) -> Program:
         scratch = self._scratch.ctypes.data
+        n_kv = layout.num_key_value_heads
+        parts = context_parts(n_kv, self._harness.team.threads)
+        size = partials_bytes(SHARED * n_kv, n_kv, HEAD_DIM, layout.context, parts)
+        self._partials.append(np.zeros(size + 64, np.uint8))
+        partials = self._partials[-1].ctypes.data
         builder = ProgramBuilder()
         for layer in range(layers):
             keys = self._harness.arena.ctypes.data + layer * layout.layer_bytes
             arguments = attention_op(
                 q=self._q.ctypes.data, q_stride=self._q.strides[0], out=self._out.ctypes.data,
                 out_stride=self._out.strides[0], keys=keys, values=keys + layout.key_bytes,
-                n_heads=HEADS, layout=layout, scale=HEAD_DIM**-0.5,
-                scratch=scratch + -scratch % 64, scratch_stride=self._scratch_bytes,
+                n_heads=SHARED * n_kv, layout=layout, scale=HEAD_DIM**-0.5,
+                scratch=scratch + -scratch % 64, scratch_stride=self._each, parts=parts,
+                partials=partials + -partials % 64,
             )  # fmt: skip
-            builder.call(attention_kernel(self._kv_type), arguments, KV_HEADS, chunk=1)
+            builder.call(attention_kernel(self._kv_type), arguments, n_kv * parts, chunk=1)
             builder.barrier()
         return builder.finish()
 

@@ -56,6 +56,7 @@ class KernelFigures:
     of_peak: float = 0.0
     context: int = 0  # positions that attention looks at
     hash: str = ""  # of the results: equal on every machine
+    kv_heads: int = 0  # of a layer, for attention
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and CSV."""

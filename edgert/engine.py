@@ -120,7 +120,7 @@ class Engine:
         )
         self._graph = Graph(
             spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
-            int(table.ctypes.data),
+            int(table.ctypes.data), plan.threads,
         )  # fmt: skip
         program, self._inner_rows = build_program(self._graph, self.weights)
         self._describe(program, plan)
@@ -155,7 +155,7 @@ class Engine:
         found = {}
         for buffer in run_state_buffers(
             self.spec, need.inputs, tokens=plan.prefill_tokens, logit_rows=plan.logit_rows,
-            scratch_bytes=scratch_bytes(self.spec, plan.threads),
+            scratch_bytes=scratch_bytes(self.spec, plan.threads, plan.context_length),
         ):  # fmt: skip
             space = self._arena.take(buffer.name, buffer.nbytes, 64)
             floats = space[: buffer.rows * buffer.stride].view(np.float32)

@@ -20,7 +20,8 @@ from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.kernels_cpu.program import Matrix, Program, ProgramBuilder, Rows, Segment
 from edgert.machine import default_threads
-from edgert.quant.formats import BY_NAME, QuantFormat
+from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
+from edgert.quant.planes import quantize
 from edgert.quant.quantize import quantize_ref
 from edgert.threads import ThreadTeam
 from edgert.units import KIB, MIB
@@ -34,6 +35,7 @@ BATCHES = (1, 4, 8)
 GEMM_TOKENS = 512
 REPACK_ROWS = 1024
 _CACHE_REPEATS = 64
+_FORMATS: dict[str, QuantFormat] = BY_NAME | PLANES
 
 
 def bench_kernels(
@@ -43,22 +45,22 @@ def bench_kernels(
     trials: int = 5,
     on_progress: Callable[[str, int, int], object] | None = None,
 ) -> Iterator[KernelFigures]:
-    """Measure the kernels of `formats`, by default of all, and yield the figures as they are known.
+    """Measure the kernels of `formats`, by default of all of GGUF, and yield figures once known.
 
     `threads`: by default the cores this process may use; needs some 600 MiB of memory. Raises
     `InputError` for a format that is not known.
     """
     names = list(BY_NAME if formats is None else formats)
     for name in names:
-        if name not in BY_NAME:
-            raise InputError(f"{name} is no number format; there are {' '.join(BY_NAME)}")
+        if name not in _FORMATS:
+            raise InputError(f"{name} is no number format; there are {' '.join(_FORMATS)}")
     harness = Harness(default_threads() if threads is None else threads)
     try:
         bench = Matrices(harness.team, harness.alone, harness.arena)
         for number, name in enumerate(names):
             if on_progress:
                 on_progress(name, number, len(names))
-            fmt = BY_NAME[name]
+            fmt = _FORMATS[name]
             bench.fill(fmt)
             cases = bench.cases(fmt)
             yield from harness.measure(name, "matmul", cases, bench.result, trials)
@@ -82,7 +84,7 @@ class Matrices:
 
     def fill(self, fmt: QuantFormat) -> None:
         """Weights of `fmt` all over the arena: one random tile, repeated."""
-        raw = quantize_ref(fmt, self._w)
+        raw = _quantized(fmt, self._w)
         tile = np.zeros(layout.tile_bytes(fmt, COLUMNS), np.uint8)
         layout.repack(fmt, raw.reshape(-1), layout.TILE_ROWS, COLUMNS, tile)
         arena = self._arena
@@ -135,7 +137,7 @@ class Matrices:
 
     def repack(self, fmt: QuantFormat, trials: int) -> KernelFigures:
         """How fast one thread turns rows of a file into tiles, in bytes of the file."""
-        raw = np.tile(quantize_ref(fmt, self._w), (REPACK_ROWS // layout.TILE_ROWS, 1))
+        raw = np.tile(_quantized(fmt, self._w), (REPACK_ROWS // layout.TILE_ROWS, 1))
         out = self._arena[: layout.matrix_bytes(fmt, REPACK_ROWS, COLUMNS)]
         times = []
         for _ in range(trials + 1):
@@ -146,3 +148,10 @@ class Matrices:
         gb_s = raw.nbytes / seconds / 1e9
         digest = result_hash(out)
         return KernelFigures(fmt.name, "repack", 0, "DRAM", 1, seconds, gb_s, hash=digest)
+
+
+def _quantized(fmt: QuantFormat, w: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Rows of `w` as a file stores them; any error of rounding will do."""
+    if isinstance(fmt, PlaneFormat):
+        return quantize(fmt, w, refine=False)
+    return quantize_ref(fmt, w)

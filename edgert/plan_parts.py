@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from edgert.errors import UnsupportedError
-from edgert.kernels_cpu.attention import attention_scratch_bytes
+from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
 from edgert.kernels_cpu.matmul import takes_quantized_input
@@ -260,7 +260,7 @@ def measure(need: Need, context: int, tokens: int) -> Sizes:
     rows = max(1, min(tokens, LOGITS_BYTES // (4 * align_up(spec.vocab_size, TILE_ROWS))))
     buffers = run_state_buffers(
         spec, need.inputs, tokens=tokens, logit_rows=rows,
-        scratch_bytes=scratch_bytes(spec, need.threads),
+        scratch_bytes=scratch_bytes(spec, need.threads, context),
     )  # fmt: skip
     why = f"{context} tokens x {format_bytes(per_token)} ({need.kv_cache_type})"
     return Sizes(
@@ -272,11 +272,12 @@ def measure(need: Need, context: int, tokens: int) -> Sizes:
     )
 
 
-def scratch_bytes(spec: ModelSpec, threads: int) -> int:
+def scratch_bytes(spec: ModelSpec, threads: int, context: int) -> int:
     """What the attention kernel needs beside its inputs, for all threads."""
-    return threads * attention_scratch_bytes(
-        spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-    )
+    heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    parts = context_parts(kv_heads, threads)
+    each = attention_scratch_bytes(heads, kv_heads, dim)
+    return partials_bytes(heads, kv_heads, dim, context, parts) + threads * each
 
 
 def choose_resident(tiles: Sequence[TilePlan], room: int, slots: int) -> tuple[bool, ...]:

@@ -36,10 +36,20 @@ from edgert.kernels_cpu.simd import (
 )
 from edgert.kernels_cpu.vmath import exp2_16
 
-__all__ = ["SCORES", "VECTOR", "attend_block", "query_bytes", "reset_query"]
+__all__ = [
+    "SCORES",
+    "VECTOR",
+    "attend_block",
+    "copy_record",
+    "merge_record",
+    "query_bytes",
+    "record_bytes",
+    "reset_record",
+]
 
-# Scratch of one query: the query and its weighted sum (`width` floats each), 64 scores, then a
-# vector that begins with the maximum, and 16 partial sums of the weights.
+# Scratch of one query: the query (`width` floats), 64 scores, and the record of the span at work. A
+# record is the weighted sum (`width` floats), a vector that begins with the maximum, and 16 partial
+# sums of the weights. Records of the spans before are elsewhere: the first-level cache is small.
 SCORES = 4 * BLOCK
 VECTOR = 4 * LANES
 
@@ -185,22 +195,24 @@ def _multiply(
 
 
 @inline
-def _mask(scores: int, seen: int) -> None:
-    """Make the scores of positions the query may not see -infinity."""
+def _mask(scores: int, low: int, seen: int) -> None:
+    """Make the scores of positions outside `low` .. `seen` - 1 -infinity."""
     for i in range(BLOCK // LANES):
         s = ld_f32x16(scores + VECTOR * i)
-        left = splat_i32x16(np.int32(seen - LANES * i))
-        st_f32x16(scores + VECTOR * i, select_gt(left, _lane(), s, _minus_infinity()))
+        after = splat_i32x16(np.int32(seen - LANES * i))
+        before = splat_i32x16(np.int32(low - 1 - LANES * i))
+        s = select_gt(after, _lane(), s, _minus_infinity())
+        st_f32x16(scores + VECTOR * i, select_gt(_lane(), before, s, _minus_infinity()))
 
 
 @inline
-def _softmax_step(scores: int, total: int, width: int) -> None:
+def _softmax_step(scores: int, record: int, width: int) -> None:
     """Turn the 64 scores into weights and move the running maximum, sum and weighted sum.
 
     Where the maximum stays, the correction is exactly 1 and left out: so it is for nearly all
     blocks of a long context.
     """
-    state = scores + SCORES
+    state = record + 4 * width
     a, b = ld_f32x16(scores), ld_f32x16(scores + VECTOR)
     c, d = ld_f32x16(scores + 2 * VECTOR), ld_f32x16(scores + 3 * VECTOR)
     old = ld_f32(state)
@@ -212,7 +224,7 @@ def _softmax_step(scores: int, total: int, width: int) -> None:
         correction = exp2_16(vsub(splat_f32x16(old), splat_f32x16(top)))
         sums = vmul(sums, correction)
         for i in range(0, 4 * width, VECTOR):
-            st_f32x16(total + i, vmul(ld_f32x16(total + i), correction))
+            st_f32x16(record + i, vmul(ld_f32x16(record + i), correction))
         st_f32(state, top)
     tops = splat_f32x16(top)
     a, b = exp2_16(vsub(a, tops)), exp2_16(vsub(b, tops))
@@ -221,53 +233,81 @@ def _softmax_step(scores: int, total: int, width: int) -> None:
     st_f32x16(state + VECTOR, vadd(sums, vadd(vadd(a, b), vadd(c, d))))
 
 
+def record_bytes(width: int) -> int:
+    """Bytes of a record: what a query has summed. `width` is head_dim rounded up to 16."""
+    return 4 * width + 2 * VECTOR
+
+
 def query_bytes(width: int) -> int:
-    """Bytes of scratch of one query; `width` is head_dim rounded up to 16."""
-    return 8 * width + SCORES + 2 * VECTOR
+    """Bytes of scratch of one query."""
+    return 4 * width + SCORES + record_bytes(width)
 
 
 @inline
-def reset_query(scratch: int, width: int) -> None:
-    """Start the sums of a query: nothing seen yet."""
+def reset_record(record: int, width: int) -> None:
+    """Nothing seen yet."""
     for i in range(0, 4 * width, VECTOR):
-        st_f32x16(scratch + 4 * width + i, zero_f32x16())
-    state = scratch + 8 * width + SCORES
-    st_f32x16(state, _minus_infinity())
-    st_f32x16(state + VECTOR, zero_f32x16())
+        st_f32x16(record + i, zero_f32x16())
+    st_f32x16(record + 4 * width, _minus_infinity())
+    st_f32x16(record + 4 * width + VECTOR, zero_f32x16())
+
+
+@inline
+def copy_record(into: int, record: int, width: int) -> None:
+    """The first span that a query sees is taken as it is."""
+    for i in range(0, 4 * width + 2 * VECTOR, VECTOR):
+        st_f32x16(into + i, ld_f32x16(record + i))
+
+
+@inline
+def merge_record(into: int, record: int, width: int) -> None:
+    """Add the sums of a later span, both moved to the greater maximum; a NaN spreads."""
+    state, other = into + 4 * width, record + 4 * width
+    tops, others = splat_f32x16(ld_f32(state)), splat_f32x16(ld_f32(other))
+    top = vmax(tops, others)
+    a, b = exp2_16(vsub(tops, top)), exp2_16(vsub(others, top))
+    for i in range(0, 4 * width, VECTOR):
+        st_f32x16(into + i, fma(ld_f32x16(record + i), b, vmul(ld_f32x16(into + i), a)))
+    st_f32x16(state, top)
+    sums = vmul(ld_f32x16(state + VECTOR), a)
+    st_f32x16(state + VECTOR, fma(ld_f32x16(other + VECTOR), b, sums))
 
 
 @inline
 def attend_block(
     scratch: int, tokens: int, shared: int, keys: int, values: int, D: int, width: int, each: int,
-    seen: int, half: bool,
+    low: int, seen: int, half: bool,
 ) -> None:  # fmt: skip
     """Let `shared` queries of each of `tokens` tokens in a row attend to a block.
 
-    The queries are side by side in `scratch`; the first token sees `seen` positions (at least 1),
-    each further one a position more, none more than 64.
+    The queries are side by side in `scratch`; the first token sees the positions `low` (which may
+    be negative) to `seen` - 1 of the block, each further one the same a position later, and every
+    token at least one. What a token does not see is not multiplied by its value either.
     """
     size = 2 if half else 4
     queries = tokens * shared
-    total = scratch + 4 * width
-    scores = total + 4 * width
+    scores = scratch + 4 * width
+    record = scores + SCORES
     for i in range(queries):
         _store_four(scores + i * each, zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16())
     _multiply(scores, scratch, each, queries, keys, BLOCK * size, D, BLOCK, values, half)
     for i in range(queries):
-        sees = seen + i // shared
-        if sees < BLOCK:
-            _mask(scores + i * each, sees)
-        _softmax_step(scores + i * each, total + i * each, width)
-    # The positions that all see for all queries, then for each token those it sees beyond.
-    common = min(seen, BLOCK)
+        t = i // shared
+        if seen + t < BLOCK or low + t > 0:
+            _mask(scores + i * each, max(low + t, 0), seen + t)
+        _softmax_step(scores + i * each, record + i * each, width)
+    # The values that all see for all queries, then for each token those it sees beyond. Where a
+    # window begins in the block each token takes its own: once in a window, so it need not be fast.
+    common = min(seen, BLOCK) if low + tokens <= 1 else 0
     _multiply(
-        total, scores, each, queries, values, width * size, common, width,
+        record, scores, each, queries, values, width * size, common, width,
         keys + BLOCK * D * size, half,
     )  # fmt: skip
-    for t in range(1, tokens if common < BLOCK else 1):
-        at = t * shared * each
-        beyond = values + common * width * size
-        _multiply(
-            total + at, scores + at + 4 * common, each, shared, beyond, width * size,
-            min(t, BLOCK - common), width, beyond, half,
-        )  # fmt: skip
+    for t in range(tokens if common < BLOCK else 0):
+        begin, end = max(low + t, common), min(seen + t, BLOCK)
+        if begin < end:
+            at, own = t * shared * each, values + begin * width * size
+            _multiply(
+                record + at, scores + at + 4 * begin, each, shared, own, width * size,
+                end - begin, width, own, half,
+            )  # fmt: skip

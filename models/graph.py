@@ -19,7 +19,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgert.kernels_cpu.attention import attention_kernel, attention_op, attention_scratch_bytes
+from edgert.kernels_cpu.attention import (
+    attention_kernel,
+    attention_op,
+    attention_scratch_bytes,
+    context_parts,
+    partials_bytes,
+)
 from edgert.kernels_cpu.elementwise import (
     quantize_kernel,
     quantize_op,
@@ -68,6 +74,7 @@ class Graph:
     kv_layout: KvLayout
     kv_address: int  # of layer 0
     rope_address: int  # float32 [context, rope_dim / 2, 2]
+    threads: int  # decides into how many parts attention cuts a context, never a result
 
 
 def build_program(graph: Graph, weights: WeightSource) -> tuple[Program, npt.NDArray[np.int64]]:
@@ -169,17 +176,17 @@ class _Wiring:
         spec, layout = self.spec, self.graph.kv_layout
         keys = self.graph.kv_address + layer * layout.layer_bytes
         q, out = self.rows("q"), self.rows("attention")
-        scratch = attention_scratch_bytes(
-            spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-        )
+        heads, kv_heads, dim = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+        parts = context_parts(kv_heads, self.graph.threads)
+        partials = self.rows("scratch").address  # and then each thread's own
         arguments = attention_op(
             q=q.address, q_stride=q.stride, out=out.address, out_stride=out.stride, keys=keys,
-            values=keys + layout.key_bytes, n_heads=spec.num_attention_heads, layout=layout,
-            scale=spec.head_dim**-0.5, scratch=self.rows("scratch").address,
-            scratch_stride=scratch,
+            values=keys + layout.key_bytes, n_heads=heads, layout=layout, scale=dim**-0.5,
+            scratch=partials + partials_bytes(heads, kv_heads, dim, layout.context, parts),
+            scratch_stride=attention_scratch_bytes(heads, kv_heads, dim), parts=parts,
+            partials=partials,
         )  # fmt: skip
-        kernel = attention_kernel(layout.kv_type)
-        self.builder.call(kernel, arguments, spec.num_key_value_heads, chunk=1)
+        self.builder.call(attention_kernel(layout.kv_type), arguments, kv_heads * parts, chunk=1)
         self.builder.barrier()
 
     def activation(self, down: QuantFormat, width: int, rows: int = 0) -> list[int]:

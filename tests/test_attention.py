@@ -20,10 +20,12 @@ from edgert.kernels_cpu.attention import (
     attention,
     attention_kernel,
     attention_op,
-    attention_ref,
     attention_scratch_bytes,
     attention_units,
+    context_parts,
+    partials_bytes,
 )
+from edgert.kernels_cpu.attention_ref import SPAN, attention_ref
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.rope import (
     rope_and_store,
@@ -54,18 +56,22 @@ def random_queries(T: int, n_heads: int, head_dim: int, seed: int = 2) -> Any:
     return np.random.default_rng(seed).standard_normal((T, n_heads, head_dim)).astype(np.float32)
 
 
-def plain_attention(q: Any, keys: Any, values: Any, position: int, scale: float) -> Any:
+def plain_attention(
+    q: Any, keys: Any, values: Any, position: int, scale: float, window: int = 0, sinks: Any = None
+) -> Any:
     T, n_heads, D = q.shape
     shared = n_heads // keys.shape[0]
     out = np.empty(q.shape)
     for t in range(T):
         n = position + t + 1
+        seen = slice(max(n - window, 0) if window else 0, n)
         for h in range(n_heads):
-            k = keys[h // shared].transpose(0, 2, 1).reshape(-1, D)[:n].astype(np.float64)
-            v = values[h // shared, :n, :D].astype(np.float64)
+            k = keys[h // shared].transpose(0, 2, 1).reshape(-1, D)[seen].astype(np.float64)
+            v = values[h // shared, seen, :D].astype(np.float64)
             s = k @ q[t, h].astype(np.float64) * scale
             p = np.exp(s - s.max())
-            out[t, h] = p @ v / p.sum()
+            sink = 0.0 if sinks is None else np.exp(float(sinks[h]) - s.max())
+            out[t, h] = p @ v / (p.sum() + sink)
     return out
 
 
@@ -175,6 +181,86 @@ def test_the_split_into_units_and_the_thread_do_not_matter() -> None:
     assert np.array_equal(outs[0].reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 5, 63, 64, 65, 200, 600])
+def test_windows_and_sinks_equal_their_twin_and_the_formula(window: int, sinks: bool) -> None:
+    """A chunk over the edges of blocks and of a span, as a whole and one by one, bit for bit."""
+    n_heads, n_kv, D, position, T = 4, 2, 24, SPAN - 70, 75
+    keys, values = make_cache(KvLayout(n_kv, D, SPAN + 64, "f16"), position + T)
+    q = random_queries(T, n_heads, D)
+    given: Any = {"window": window, "sinks": None}
+    if sinks:
+        given["sinks"] = np.array([-30.0, 0.5, 3.0, 100.0], np.float32)
+    out = attention(q, keys, values, position, 0.2, **given)
+    assert np.array_equal(out, attention_ref(q, keys, values, position, 0.2, **given))
+    plain = plain_attention(q, keys, values, position, 0.2, **given)
+    assert np.abs(out - plain).max() < ATTENTION_TOLERANCE
+    for t in range(T):
+        one = attention(q[t : t + 1], keys, values, position + t, 0.2, **given, parts=1 + t % 3)
+        assert np.array_equal(one[0], out[t])
+
+
+@pytest.mark.parametrize("window", [40, 130])
+def test_what_lies_before_a_window_does_not_matter(window: int) -> None:
+    """NaN and infinity before the first token's window are not felt, nor read by later ones."""
+    layout = KvLayout(1, 32, 256, "f32")
+    q = random_queries(20, 3, 32)
+    keys, values = make_cache(layout, 220)
+    before = attention(q, keys, values, 200, 0.2, window=window)
+    first = 200 - window  # the last position that token 0 does not see
+    for p in range(first + 1):
+        keys[:, p // 64, :, p % 64] = np.nan
+        values[:, p] = np.inf
+    assert np.array_equal(before, attention(q, keys, values, 200, 0.2, window=window))
+    values[:, first + 7] = np.nan  # seen by the first seven
+    after = attention(q, keys, values, 200, 0.2, window=window)
+    assert np.isnan(after[:7]).all() and np.array_equal(before[7:], after[7:])
+
+
+@pytest.mark.parametrize("position", [SPAN - 1, SPAN, 3 * SPAN + 100, 5 * SPAN - 1])
+@pytest.mark.parametrize(("n_heads", "n_kv", "D"), [(5, 1, 40), (8, 4, 16), (32, 1, 16)])
+def test_a_context_cut_into_parts_gives_the_same_bits(
+    n_heads: int, n_kv: int, D: int, position: int
+) -> None:
+    """Units in any order, in any number of parts, over and over with the same scratch."""
+    layout = KvLayout(n_kv, D, 5 * SPAN, "f16")
+    keys, values = make_cache(layout, position + 1)
+    q = random_queries(1, n_heads, D)
+    expected = attention(q, keys, values, position, 0.2)
+    assert np.array_equal(expected, attention_ref(q, keys, values, position, 0.2))
+    rng = np.random.default_rng(0)
+    for parts in (2, 3, 5, 8):
+        size = partials_bytes(n_heads, n_kv, D, layout.context, parts)
+        partials = np.zeros(size + 64, np.uint8)
+        partials[n_kv * 64 :] = 0xFF
+        scratch = np.full(attention_scratch_bytes(n_heads, n_kv, D), 0xFF, np.uint8)
+        out = np.empty((1, n_heads * D), np.float32)
+        arguments = attention_op(
+            q=abi.address_of(q), q_stride=0, out=abi.address_of(out), out_stride=0,
+            keys=abi.address_of(keys), values=abi.address_of(values), n_heads=n_heads,
+            layout=layout, scale=0.2, scratch=abi.address_of(scratch), scratch_stride=0,
+            parts=parts, partials=abi.address_of(partials),
+        )  # fmt: skip
+        units = attention_units(n_kv, 1, parts)
+        for _ in range(3):
+            out[:] = np.nan
+            order = [(u, u + 1) for u in rng.permutation(units).tolist()]
+            abi.run_op(attention_kernel("f16"), arguments, units, position=position, order=order)
+            assert np.array_equal(out.reshape(expected.shape), expected), parts
+        assert not partials[: n_kv * 64].any() and (partials[size:] == 0xFF).all()
+        chunk = attention(random_queries(9, n_heads, D), keys, values, position - 8, 0.2)
+        cut = attention(random_queries(9, n_heads, D), keys, values, position - 8, 0.2, parts=parts)
+        assert np.array_equal(chunk, cut)
+
+
+def test_a_context_is_cut_only_for_threads_without_a_head() -> None:
+    assert {context_parts(n, 1) for n in (1, 3, 8)} == {1}
+    assert [context_parts(n, 2) for n in (1, 2, 3, 4, 5, 8)] == [4, 1, 2, 1, 1, 1]
+    assert [context_parts(n, 4) for n in (1, 2, 4, 6, 8)] == [8, 4, 1, 2, 1]
+    assert partials_bytes(32, 4, 64, 8192, 1) == 0
+    assert partials_bytes(8, 1, 128, 8192, 8) == 64 + 8 * 8 * (4 * 128 + 128)
+
+
 def test_attention_refuses_what_does_not_fit() -> None:
     keys, values = make_cache(KvLayout(2, 16, 64, "f16"), 1)
     with pytest.raises(InputError, match="multiple of the KV heads"):
@@ -183,6 +269,10 @@ def test_attention_refuses_what_does_not_fit() -> None:
         attention(random_queries(1, 4, 32), keys, values, 0, 1.0)
     with pytest.raises(InputError, match="positions 60 to 65"):
         attention(random_queries(5, 4, 16), keys, values, 60, 1.0)
+    with pytest.raises(InputError, match="a sink for each of 4 heads"):
+        attention(random_queries(1, 4, 16), keys, values, 0, 1.0, sinks=np.zeros(2, np.float32))
+    with pytest.raises(InputError, match="a window of -1"):
+        attention(random_queries(1, 4, 16), keys, values, 0, 1.0, window=-1)
 
 
 def test_the_layout_counts_every_byte() -> None:

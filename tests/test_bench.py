@@ -126,7 +126,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (bench_harness, {"READ_BYTES": MIB, "PEAK_UNITS": 8}),
         (kernel_bench, {"ROWS": 64, "COLUMNS": 256, "GEMM_TOKENS": 9, "CHAIN_BYTES": 48 * KIB,
                         "CACHE_BYTES": 8 * KIB, "REPACK_ROWS": 64}),
-        (attention_bench, {"HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 16, "CHAIN_BYTES": 64 * KIB,
+        (attention_bench, {"SHARED": 2, "KV_HEADS": (2, 1), "HEAD_DIM": 16, "CHAIN_BYTES": 64 * KIB,
                            "PROMPT_TOKENS": 3}),
     ]  # fmt: skip
     for module, values in sizes:
@@ -136,9 +136,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_kernels(small: None) -> None:
-    options = ("bench", "--kernels", "--formats", "F32,Q8_0", "-t", 2, "--trials", 2)
+    options = ("bench", "--kernels", "--formats", "F32,Q8_0,P3_128", "-t", 2, "--trials", 2)
     found = json.loads(inside(*options, "--json").stdout)["kernels"]
-    for name in ("F32", "Q8_0"):
+    for name in ("F32", "Q8_0", "P3_128"):
         measured = [f for f in found if f["format"] == name]
         kinds = [(f["what"], f["tokens"], f["source"], f["threads"]) for f in measured]
         batches = [("matmul", n, "DRAM", 2) for n in (1, 4, 8, 9)]
@@ -157,8 +157,8 @@ def test_kernels(small: None) -> None:
     assert hashes[0] == hashes[1], "results depend on threads"
 
     lines = inside(*options).stdout.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["format", "F32", "Q8_0"]
-    assert lines[3].startswith("limits with 2 threads: read ")
+    assert [line.split()[0] for line in lines[:4]] == ["format", "F32", "Q8_0", "P3_128"]
+    assert lines[4].startswith("limits with 2 threads: read ")
     assert rows_of(inside(*options, "--csv").stdout)[0].keys() == found[0].keys()
 
 
@@ -171,13 +171,16 @@ def test_attention(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "bench_attention", partial(whole, (5, 100)))
     found = json.loads(inside("bench", "--attention", "-t", 2, "--trials", 1, "--json").stdout)
     measured = [f for f in found["kernels"] if f["what"] == "attention"]
-    assert [(f["context"], f["tokens"]) for f in measured] == [(5, 1), (5, 3), (100, 1), (100, 3)]
+    shapes = [(f["kv_heads"], f["context"], f["tokens"]) for f in measured]
+    assert shapes == [(n, c, t) for n in (2, 1) for c in (5, 100) for t in (1, 3)]
     assert all(f["gmac_s"] > 0 and f["of_peak"] > 0 and f["of_read"] > 0 for f in measured)
     alone = json.loads(inside("bench", "--attention", "-t", 1, "--trials", 1, "--json").stdout)
     hashes = [[f["hash"] for f in figures["kernels"]] for figures in (found, alone)]
     assert hashes[0] == hashes[1], "results depend on threads"
     lines = inside("bench", "--attention", "--trials", 1, "-ctk", "f32").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["context", "5", "100", "limits"]
+    starts = [line.split()[:2] for line in lines]
+    assert starts == [["KV", "heads"], *([n, c] for n in "21" for c in ("5", "100")),
+                      ["limits", "with"]]  # fmt: skip
 
 
 def test_memory_is_read_at_a_rate_that_can_be() -> None:

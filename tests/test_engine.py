@@ -17,10 +17,13 @@ import pytest
 
 import edgert
 from edgert.errors import BudgetError, ContextError, EdgertError, InputError
+from edgert.kernels_cpu.attention import context_parts
+from edgert.kernels_cpu.attention_ref import SPAN
 from edgert.models.reference import ReferenceModel
 from edgert.quant.metrics import rms_error
 from edgert.results import logits_hash
 from edgert.units import KIB, MIB
+from tests.gguf_file import write_gguf
 from tests.tight import PROCESS, fixed_process, floor_of, tight
 from tests.tiny import FAMILIES, build, prompt_of, spec_of, tiny_model
 
@@ -100,6 +103,31 @@ def test_the_size_of_a_pass_changes_no_bit(model: Path, chunk: int, spare: int |
         assert np.array_equal(engine.logits(prompt(model)), expected(model))
         done = engine.generate(prompt(model), max_tokens=12, temperature=0)
     assert (done.tokens, done.stats.logits_hash) == expected_tokens(model)
+
+
+def test_threads_that_share_one_kv_head_are_as_good_as_one(tmp_path: Path) -> None:
+    """Over three spans: token by token, each thread taking parts of the context, and in chunks.
+
+    The reference model says that these bits are right past the first span, too.
+    """
+    family, count = "llama_narrow", 2 * SPAN + 70
+    tiny = build(family, "F32")
+    longer = tiny.metadata | {"llama.context_length": count}
+    path = write_gguf(tmp_path / "model.gguf", longer, tiny.tensors)
+    tokens = prompt_of(family, count)
+    truth = ReferenceModel(spec_of(tiny), tiny.weights, np.float64).logits(tokens)
+    found = []
+    for threads, chunk in ((2, 1), (1, 1), (1, 200)):
+        with tight(
+            path, None, threads=threads, prefill_tokens=chunk, context_length=count,
+            kv_cache_type="f32",
+        ) as engine:  # fmt: skip
+            assert (context_parts(engine.spec.num_key_value_heads, threads) > 1) == (threads > 1)
+            found.append(engine.logits(tokens))
+        assert logits_hash(found[-1]) == logits_hash(found[0]), (threads, chunk)
+    late = slice(SPAN, None)
+    size = float(np.sqrt(np.mean(truth**2)))
+    assert rms_error(found[0][late], truth[late]) <= FLOAT_CACHE_DISTANCE * size
 
 
 @pytest.mark.parametrize("spare", [0, None])
