@@ -138,21 +138,7 @@ def bench(
     and thread count. --baseline measures llama.cpp beside edgert, --kernels and --attention parts
     of edgert against the limits of the machine.
     """
-    for name, value in (("python", baseline_python), ("model", baseline_model)):
-        if value is not None and baseline is None:
-            raise click.UsageError(f"--baseline-{name} needs --baseline llamacpp")
-    if kernels + attention + speculate + (baseline is not None) > 1:
-        raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
-    if prompt_file is not None and not speculate:
-        raise click.UsageError("--prompt-file needs --speculate")
-    if (kernels or attention) and _model_was_typed():
-        raise click.UsageError("--kernels and --attention measure without a model")
-    if formats is not None and not kernels:
-        raise click.UsageError("--formats needs --kernels")
-    if trace is not None and (kernels or attention or baseline is not None):
-        raise click.UsageError("--trace records a model: without --kernels and the like")
-    if as_csv and as_json:
-        raise click.UsageError("give --csv or --json, not both")
+    _refuse_combinations(click.get_current_context().params)
     with Progress() as progress:
         if kernels:
             from edgert.cli.bench_kernels import bench_kernels, kernels_text
@@ -190,3 +176,24 @@ def bench(
         print_json(found)
     else:
         click.echo(text(found))
+
+
+def _refuse_combinations(given: dict[str, Any]) -> None:
+    """Say which options do not go together. Raises `click.UsageError`."""
+    parts = given["kernels"] or given["attention"]
+    for name in ("python", "model"):
+        if given[f"baseline_{name}"] is not None and given["baseline"] is None:
+            raise click.UsageError(f"--baseline-{name} needs --baseline llamacpp")
+    kinds = (given["kernels"], given["attention"], given["speculate"], given["baseline"])
+    if sum(map(bool, kinds)) > 1:
+        raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
+    if given["prompt_file"] is not None and not given["speculate"]:
+        raise click.UsageError("--prompt-file needs --speculate")
+    if parts and _model_was_typed():
+        raise click.UsageError("--kernels and --attention measure without a model")
+    if given["formats"] is not None and not given["kernels"]:
+        raise click.UsageError("--formats needs --kernels")
+    if given["trace"] is not None and (parts or given["baseline"] is not None):
+        raise click.UsageError("--trace records a model: without --kernels and the like")
+    if given["as_csv"] and given["as_json"]:
+        raise click.UsageError("give --csv or --json, not both")
