@@ -20,10 +20,11 @@ __all__ = [
     "POLICIES",
     "DecayedLfu",
     "ExpertPolicy",
+    "Keeps",
     "Lfu",
     "Lru",
     "Partitioned",
-    "Pinned",
+    "Predicted",
     "Robust",
     "Shape",
     "choose_policy",
@@ -34,6 +35,7 @@ Shape = tuple[int, int]  # n_layers, n_experts
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 _Bits = npt.NDArray[np.bool_]
+Keeps = Callable[[_Ints], _Bits]
 
 # Passes after which a use counts half. Between 24 and 96 the hit rates on recorded routing differ
 # by less than 0.2 points; 4 costs up to 3 points, none at all up to 1.
@@ -130,7 +132,35 @@ class DecayedLfu(Lru):
         return self.score[owner]
 
 
-class Partitioned:
+class Predicted:
+    """Follows predictions of one bit: what may go leaves before what to keep.
+
+    `keeps(owner)` says of each slot, (n_slots,): True keep, False may go; `order` orders each part.
+    """
+
+    name = "predicted"
+
+    def __init__(self, keeps: Keeps, order: ExpertPolicy) -> None:
+        self._keeps = keeps
+        self._order = order
+
+    def observe(self, stamps: _Ints) -> None:
+        """As the order inside."""
+        self._order.observe(stamps)
+
+    def missed(self, count: int) -> None:
+        """As the order inside."""
+        self._order.missed(count)
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """Places: first what may go, then what to keep."""
+        places = np.empty(len(owner))
+        parts = (self._order.ranks(owner), self._keeps(owner))
+        places[np.lexsort(parts)] = np.arange(len(owner))
+        return places
+
+
+class Partitioned(Predicted):
     """Keeps the best experts of each layer, as many for each, whatever other layers do.
 
     Below the working set of one token every layer pushes out what the layers before it left, unless
@@ -140,78 +170,39 @@ class Partitioned:
     name = "partition"
 
     def __init__(self, shape: Shape, slots: int, reserve: int, order: ExpertPolicy) -> None:
-        self._shape = shape
-        self._order = order
+        super().__init__(self._best, order)
+        self._n_experts = shape[1]
         # Some layers keep one more, spread evenly over all.
         ends = np.arange(shape[0] + 1) * max(slots - reserve, 0) // shape[0]
-        self._keeps: _Ints = np.diff(ends)
+        self._shares: _Ints = np.diff(ends)
 
-    def observe(self, stamps: _Ints) -> None:
-        """As the order inside."""
-        self._order.observe(stamps)
-
-    def missed(self, count: int) -> None:
-        """As the order inside."""
-        self._order.missed(count)
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """Places in the order: first those no layer keeps, then those kept."""
-        rank = self._order.ranks(owner)
-        layer = owner // self._shape[1]  # -1 for free slots
-        by_layer = np.lexsort((-rank, layer))
-        sorted_layer = layer[by_layer]
-        first = np.searchsorted(sorted_layer, sorted_layer)
+    def _best(self, owner: _Ints) -> _Bits:
+        """Keep what is among its layer's best, as many as its share."""
+        layer = owner // self._n_experts  # -1 for free slots
+        by_layer = np.lexsort((-self._order.ranks(owner), layer))
+        ordered = layer[by_layer]
+        place = np.arange(len(owner)) - np.searchsorted(ordered, ordered)
         kept = np.empty(len(owner), np.bool_)
-        kept[by_layer] = np.arange(len(owner)) - first < self._keeps[sorted_layer]
-        return _places(kept, rank)
+        kept[by_layer] = place < self._shares[ordered]
+        return kept
 
 
-class Pinned:
-    """Experts that never leave while there is another to go."""
+class Robust(Lru):
+    """Follows a policy while it is worth it, and LRU when it is not.
 
-    name = "pinned"
-
-    def __init__(self, keys: _Ints, order: ExpertPolicy) -> None:
-        self._keys = keys
-        self._order = order
-
-    def observe(self, stamps: _Ints) -> None:
-        """As the order inside."""
-        self._order.observe(stamps)
-
-    def missed(self, count: int) -> None:
-        """As the order inside."""
-        self._order.missed(count)
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """Places in the order: pinned experts last."""
-        return _places(np.isin(owner, self._keys), self._order.ranks(owner))
-
-
-class Robust(DecayedLfu):
-    """Follows predictions of one bit while they are worth it, and LRU when they are not.
-
-    `keeps()` says of each key (n_keys,): True keep, False may go (Antoniadis et al., Paging with
-    Succinct Predictions, 2023). What may go leaves first; the decayed frequency orders the rest.
-    Without `keeps` the bits are that frequency's own: keep the best keys, as many as there are
-    slots. Beside it runs an LRU that holds only stamps. At more than (1 + 1/20) of its misses + the
-    number of slots, evictions are LRU's until that no longer holds. LRU started in any state misses
-    at most `slots` more than started in another, so the misses never exceed
-    (1 + 1/20) LRU + 2 slots + one layer's, whatever is predicted.
+    Beside it runs an LRU that holds only stamps. At more than (1 + 1/20) of its misses + the number
+    of slots, evictions are LRU's until that no longer holds. LRU begun in any state misses at most
+    `slots` more than LRU, so the misses never exceed (1 + 1/20) LRU + 2 slots + one layer's,
+    whatever is predicted: robust and consistent, as in Antoniadis et al., Paging with Succinct
+    Predictions, 2023.
     """
 
     name = "robust"
 
-    def __init__(
-        self,
-        shape: Shape,
-        slots: int,
-        keeps: Callable[[], _Bits] | None = None,
-        prior: _Floats | None = None,
-    ) -> None:
-        super().__init__(shape, prior)
+    def __init__(self, shape: Shape, slots: int, trusted: ExpertPolicy) -> None:
+        super().__init__(shape)
         self._slots = slots
-        self._keeps = keeps
+        self._trusted = trusted
         self.misses = 0
         self.lru_misses = 0
 
@@ -224,7 +215,8 @@ class Robust(DecayedLfu):
         if self._slots < len(self.seen):
             oldest = max(1, int(np.partition(self.seen, -self._slots)[-self._slots]))
         self.lru_misses += int(np.count_nonzero(used < oldest))
-        super().observe(stamps)
+        self.seen[:] = stamps
+        self._trusted.observe(stamps)
 
     def missed(self, count: int) -> None:
         """Count own misses."""
@@ -232,23 +224,12 @@ class Robust(DecayedLfu):
 
     @property
     def trusting(self) -> bool:
-        """False while predictions have cost too much."""
+        """False while the policy has cost too much."""
         return self.misses <= (1 + _EXCESS) * self.lru_misses + self._slots
 
     def ranks(self, owner: _Ints) -> _Floats:
-        """Places in the order: what may go first; or stamps."""
-        if not self.trusting:
-            return self.seen[owner].astype(np.float64)
-        if self._keeps is None:
-            return self.score[owner]
-        return _places(self._keeps()[owner], self.score[owner])
-
-
-def _places(later: _Bits, rank: _Floats) -> _Floats:
-    """Ranks as places 0, 1, ...: those `later` behind all others, each part by `rank`."""
-    places = np.empty(len(rank))
-    places[np.lexsort((rank, later))] = np.arange(len(rank))
-    return places
+        """The policy's, or stamps."""
+        return self._trusted.ranks(owner) if self.trusting else super().ranks(owner)
 
 
 def _profile_weights(profile: _Floats, k: int) -> _Floats:
@@ -267,20 +248,27 @@ def make_policy(
         return Lru(shape)
     if name == "lfu":
         return Lfu(shape)
+    order = DecayedLfu(shape, prior)
     if name == "lfu-decay":
-        return DecayedLfu(shape, prior)
-    if name == "partition":
-        return Partitioned(shape, slots, k, DecayedLfu(shape, prior))
+        return order
     if name == "pinned":
-        half = max(slots - shape[0] * k, 0) // 2
-        uses = np.zeros(1) if prior is None else prior
-        hot = np.argsort(-uses, kind="stable")[:half] if prior is not None else np.zeros(0, int)
-        return Pinned(hot.astype(np.int64), DecayedLfu(shape, prior))
+        return Predicted(_hottest(prior, slots - 2 * k), order)
+    partition = Partitioned(shape, slots, k, order)
+    if name == "partition":
+        return partition
     assert name == "robust", name
-    return Robust(shape, slots, prior=prior)
+    return Robust(shape, slots, partition)
 
 
-POLICIES = ("lru", "lfu", "lfu-decay", "partition", "pinned", "robust")
+def _hottest(prior: _Floats | None, count: int) -> Keeps:
+    """Keep the `count` experts a profile says are used most; none without one."""
+    keys = np.zeros(0, np.int64)
+    if prior is not None and count > 0:
+        keys = np.argsort(-prior, kind="stable")[:count]
+    return lambda owner: np.isin(owner, keys)
+
+
+POLICIES = ("lru", "lfu", "lfu-decay", "pinned", "partition", "robust")
 
 
 def choose_policy(
@@ -288,8 +276,10 @@ def choose_policy(
 ) -> ExpertPolicy:
     """The policy for a number of slots: pure.
 
-    Below the working set of one token (n_layers * k, and k for what passes through) each layer gets
-    its share; above it all compete, with LRU as the limit of what can be lost.
+    Below the working set of one token LRU hits nothing, so there is nothing to fall back on; above
+    it, it is the limit of what can be lost. With a slot for each expert nothing ever leaves.
     """
-    name = "partition" if slots < (shape[0] + 1) * k else "robust"
+    if slots >= shape[0] * shape[1]:
+        return Lru(shape)
+    name = "partition" if slots < shape[0] * k else "robust"
     return make_policy(name, slots, shape, k, profile)
