@@ -17,8 +17,14 @@ import numpy.typing as npt
 from edgert.errors import InputError
 from edgert.routing import Choices, Routing
 from edgert.storage.expert_cache import admit
-from edgert.storage.expert_policy import POLICIES, ExpertPolicy, Lru, Shape, choose_policy
-from edgert.storage.expert_policy import make_policy
+from edgert.storage.expert_policy import (
+    POLICIES,
+    ExpertPolicy,
+    Lru,
+    Shape,
+    choose_policy,
+    make_policy,
+)
 
 __all__ = ["SIMULATED", "Figure", "replay", "simulate"]
 
@@ -109,7 +115,7 @@ def _figure(
 
 
 def _steps(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> Iterator[_Ints]:
-    """The keys of each layer of each pass, ascending: an expert once, however many tokens chose it."""
+    """The keys of each layer of each pass, ascending, each once however many tokens chose it."""
     at = 0
     for size in passes.tolist():
         for layer in range(choices.shape[1]):

@@ -3,8 +3,8 @@
 Owns: the format. Must not know how routing is recorded or what is made of it.
 
 A trace file is an .npz of NumPy: scalars `layers`, `experts`, `k`, `record_bytes` (of one expert in
-memory, 0 unknown), `choices` int16 [tokens, layers, k] in router order, and `passes` int32, how many
-tokens each forward pass held (their sum is `tokens`).
+memory, 0 unknown), `choices` int16 [tokens, layers, k] in router order, and `passes` int32, how
+many tokens each forward pass held (their sum is `tokens`).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
             with zipfile.ZipFile(path) as archive:
                 largest = max((item.file_size for item in archive.infolist()), default=0)
             if largest > _MAX_BYTES:
-                raise ModelError(f"{path} holds an array of {largest:,} bytes; at most 1 GiB is read")
+                raise ModelError(f"{path} holds an array of {largest:,} bytes; at most 1 GiB")
             return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist") from None
@@ -135,9 +135,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
         raise ModelError(f"{path} is not a routing trace (.npz): {error}") from None
 
 
-def _own(
-    path: Path, arrays: dict[str, npt.NDArray[np.generic]], experts: int | None
-) -> Routing:
+def _own(path: Path, arrays: dict[str, npt.NDArray[np.generic]], experts: int | None) -> Routing:
     """A file of `edgert trace`, its parts checked against each other."""
     numbers = {}
     for name in ("layers", "experts", "k", "record_bytes"):

@@ -29,6 +29,7 @@ __all__ = [
     "Shape",
     "choose_policy",
     "make_policy",
+    "policy_for",
 ]
 
 Shape = tuple[int, int]  # n_layers, n_experts
@@ -271,9 +272,7 @@ def _hottest(prior: _Floats | None, count: int) -> Keeps:
 POLICIES = ("lru", "lfu", "lfu-decay", "pinned", "partition", "robust")
 
 
-def choose_policy(
-    slots: int, shape: Shape, k: int, profile: _Floats | None = None
-) -> ExpertPolicy:
+def choose_policy(slots: int, shape: Shape, k: int, profile: _Floats | None = None) -> ExpertPolicy:
     """The policy for a number of slots: pure.
 
     Below the working set of one token LRU hits nothing, so there is nothing to fall back on; above
@@ -283,3 +282,10 @@ def choose_policy(
         return Lru(shape)
     name = "partition" if slots < shape[0] * k else "robust"
     return make_policy(name, slots, shape, k, profile)
+
+
+def policy_for(name: str, shape: Shape, k: int) -> Callable[[int], ExpertPolicy]:
+    """What makes the policy `name` for a number of slots; "auto" chooses."""
+    if name == "auto":
+        return lambda slots: choose_policy(slots, shape, k)
+    return lambda slots: make_policy(name, slots, shape, k)
