@@ -39,12 +39,12 @@ class Routing:
     @property
     def layers(self) -> int:
         """Layers with routed experts."""
-        return self.requests[0].shape[1]
+        return int(self.requests[0].shape[1])
 
     @property
     def k(self) -> int:
         """Experts a token uses in a layer."""
-        return self.requests[0].shape[2]
+        return int(self.requests[0].shape[2])
 
     @property
     def tokens(self) -> int:
@@ -116,15 +116,14 @@ def read_routing(path: Path, *, array: str | None = None, experts: int | None = 
 def _arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     """Every array of an .npz, pickles refused."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ModelError(f"{path} is a single array; a routing trace is an .npz file")
-        with loaded:
-            with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream:  # ours: one that NumPy opened stays open after an error
+            with zipfile.ZipFile(stream) as archive:
                 largest = max((item.file_size for item in archive.infolist()), default=0)
             if largest > _MAX_BYTES:
                 raise ModelError(f"{path} holds an array of {largest:,} bytes; at most 1 GiB")
-            return {name: loaded[name] for name in loaded.files}
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as loaded:
+                return {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -152,9 +151,10 @@ def _own(path: Path, arrays: dict[str, npt.NDArray[np.generic]], experts: int | 
     count = numbers["experts"] if experts is None else experts
     checked = _checked(path, "choices", choices, count)
     good = passes.ndim == 1 and np.issubdtype(passes.dtype, np.integer)
-    if not good or (passes < 1).any() or int(passes.sum()) != len(choices):
+    sizes = passes.astype(np.int64) if good else np.zeros(1, np.int64)
+    if (sizes < 1).any() or int(sizes.sum()) != len(choices):
         raise ModelError(f"{path}: the passes do not add up to its {len(choices)} tokens")
-    return Routing(count, (checked,), (passes.astype(np.int32),), max(numbers["record_bytes"], 0))
+    return Routing(count, (checked,), (sizes.astype(np.int32),), max(numbers["record_bytes"], 0))
 
 
 def _checked(

@@ -79,7 +79,8 @@ class Lru:
 
     def ranks(self, owner: _Ints) -> _Floats:
         """The stamps."""
-        return self.seen[owner].astype(np.float64)
+        stamps: _Floats = self.seen[owner].astype(np.float64)
+        return stamps
 
 
 class Lfu(Lru):

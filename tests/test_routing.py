@@ -20,7 +20,7 @@ from tests.command import inside
 from tests.tight import tight
 
 
-def recorded(engine: edgert.Engine, model: Path, tokens: int = 40) -> Routing:
+def recorded(engine: edgert.Engine, model: Path, tokens: int = 20) -> Routing:
     passes: list[np.ndarray] = []
     assert engine.experts is not None
     engine.experts.record(passes.append)
@@ -30,7 +30,7 @@ def recorded(engine: edgert.Engine, model: Path, tokens: int = 40) -> Routing:
 
 
 @pytest.mark.parametrize("policy", ["auto", *POLICIES])
-@pytest.mark.parametrize("spare", [0, 900 * 1024, 2000 * 1024])
+@pytest.mark.parametrize("spare", [0, 900 * 1024])
 def test_the_device_hits_as_the_simulator_says(
     tiny_moe_gguf: Path, policy: str, spare: int
 ) -> None:
@@ -160,9 +160,11 @@ def test_trace_and_simulate_agree_on_the_command_line(tiny_moe_gguf: Path, tmp_p
     again = inside("simulate", out, "--slots", told["slots"], "--policies", "auto", "--json")
     found = json.loads(again.stdout)
     assert found["figures"][0]["hit_rate"] == pytest.approx(told["hit_rate"], abs=1e-12)
-    table = inside("simulate", out, "--budgets", "50%,1MiB", "--plot", picture)
+    table = inside("simulate", out, "--budgets", "50%,1MiB")
     assert table.returncode == 0, table.stderr
     assert "belady" in table.stdout and "auto is" in table.stdout
+    pytest.importorskip("matplotlib")
+    assert inside("simulate", out, "--plot", picture).returncode == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
