@@ -99,7 +99,8 @@ class Lfu(Lru):
 
     def ranks(self, owner: _Ints) -> _Floats:
         """Uses, then stamps."""
-        return self._uses[owner] + self.seen[owner] / (1.0 + self.seen.max())
+        ranks: _Floats = self._uses[owner] + self.seen[owner] / (1.0 + self.seen.max())
+        return ranks
 
 
 class DecayedLfu(Lru):
