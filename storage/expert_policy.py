@@ -42,7 +42,7 @@ Keeps = Callable[[_Ints], _Bits]
 # by less than 0.2 points; 4 costs up to 3 points, none at all up to 1.
 HALF_LIFE = 48.0
 # How much worse than LRU `Robust` may become before it turns into LRU.
-_EXCESS = 0.1
+_EXCESS = 0.05
 
 
 class ExpertPolicy(Protocol):
@@ -193,9 +193,9 @@ class Partitioned(Predicted):
 class Robust(Lru):
     """Follows a policy while it is worth it, and LRU when it is not.
 
-    Beside it runs an LRU that holds only stamps. At more than (1 + 1/10) of its misses + the number
+    Beside it runs an LRU that holds only stamps. At more than (1 + 1/20) of its misses + the number
     of slots, evictions are LRU's until that no longer holds. LRU begun in any state misses at most
-    `slots` more than LRU, so the misses never exceed (1 + 1/10) LRU + 2 slots + one layer's,
+    `slots` more than LRU, so the misses never exceed (1 + 1/20) LRU + 2 slots + one layer's,
     whatever is predicted: robust and consistent, as in Antoniadis et al., Paging with Succinct
     Predictions, 2023.
     """
