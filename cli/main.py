@@ -29,6 +29,8 @@ _COMMANDS = {  # in the order of the help page; each is the attribute `command` 
     "pack": ("edgert.cli.pack", "pack", "Make a model file ready for streaming."),
     "bench": ("edgert.cli.bench", "bench", "Measure prefill, decode and reading speed."),
     "stress": ("edgert.cli.stress", "stress", "Run under real memory limits and compare."),
+    "trace": ("edgert.cli.trace", "trace", "Record which experts a run chooses."),
+    "simulate": ("edgert.cli.simulate", "simulate", "Replay that with other caches."),
     "doctor": ("edgert.cli.doctor", "doctor", "Look at CPU, threads, memory, disk and cache."),
     "warmup": ("edgert.cli.warmup", "warmup", "Compile the kernels ahead of the first run."),
     "logits": ("edgert.cli.logits", "logits", "Save the logits of a list of tokens."),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.expert_simulation import SIMULATED, Figure, simulate
     from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, read_manifest, warmup
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from edgert.prediction import Prediction
     from edgert.pressure import follow_pressure
     from edgert.results import Completion, MemoryReport, RunStats, TokenEvent, logits_hash
+    from edgert.routing import Routing, join_passes, read_routing, write_routing
     from edgert.session import Session
     from edgert.storage.gguf import read_gguf
     from edgert.storage.manifest import Manifest
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from edgert.tokenizer import Tokenizer
 
 __all__ = [
+    "SIMULATED",
     "BudgetError",
     "BudgetExceededError",
     "CancelledError",
@@ -63,6 +66,7 @@ __all__ = [
     "DeviceProfile",
     "EdgertError",
     "Engine",
+    "Figure",
     "Forecast",
     "FormatError",
     "InputError",
@@ -72,6 +76,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "Prediction",
+    "Routing",
     "RunStats",
     "SamplingParams",
     "Session",
@@ -89,6 +94,7 @@ __all__ = [
     "follow_pressure",
     "forecast",
     "format_bytes",
+    "join_passes",
     "load",
     "logits_hash",
     "pack_model",
@@ -97,22 +103,28 @@ __all__ = [
     "profile_device",
     "read_gguf",
     "read_manifest",
+    "read_routing",
+    "simulate",
     "verify_pack",
     "warmup",
+    "write_routing",
 ]
 
 __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
+    "SIMULATED": "edgert.expert_simulation",
     "Completion": "edgert.results",
     "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "Figure": "edgert.expert_simulation",
     "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
     "Plan": "edgert.plan",
     "Prediction": "edgert.prediction",
+    "Routing": "edgert.routing",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
@@ -124,6 +136,7 @@ _LAZY = {  # public name -> module that defines it
     "diagnose": "edgert.diagnosis",
     "follow_pressure": "edgert.pressure",
     "forecast": "edgert.forecasting",
+    "join_passes": "edgert.routing",
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "pack_model": "edgert.pack",
@@ -131,8 +144,11 @@ _LAZY = {  # public name -> module that defines it
     "profile_device": "edgert.forecasting",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
+    "read_routing": "edgert.routing",
+    "simulate": "edgert.expert_simulation",
     "verify_pack": "edgert.storage.pack_verify",
     "warmup": "edgert.opening",
+    "write_routing": "edgert.routing",
 }
 
 

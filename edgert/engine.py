@@ -20,6 +20,7 @@ from edgert.config import LoadOptions, SamplingParams
 from edgert.device_profile import load_profile, note_drift
 from edgert.elastic_arena import ElasticArena, arena_bytes
 from edgert.errors import EdgertError, InputError
+from edgert.expert_control import ExpertControl
 from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
@@ -70,6 +71,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
+        self.experts: ExpertControl | None = None  # None: a dense model
         self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
@@ -129,6 +131,11 @@ class Engine:
             self.span,
         )  # fmt: skip
         self._held.append(self.forward.close)
+        if spec.is_moe:
+            floats = {name: values for name, (_, values) in buffers.items()}
+            self.experts = ExpertControl(
+                spec, self.weights, self.forward, self._team.streams, floats
+            )
         trim_heap()
 
     def _describe(self, program: Program, plan: Plan) -> None:

@@ -74,6 +74,7 @@ class Forward:
         self._x = x  # (prefill_tokens, hidden padded)
         self._span = span
         self._logits = logits  # (logit_rows, vocabulary padded)
+        self.on_pass: Callable[[int], None] | None = None  # gets the number of tokens of a pass
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._pass = 0  # of the dense stream
         self._broken = False
@@ -226,6 +227,10 @@ class Forward:
             self._raise_if_cancelled()
             # Meant for the request before and came too late, or a change comes first: begin again.
             return False
+        if self._weights.experts is not None:
+            self._weights.experts.note_pass()
+        if self.on_pass is not None:
+            self.on_pass(n)
         self._pass += 1
         self.stats.passes += 1
         self.stats.tokens += n

@@ -27,6 +27,7 @@ from edgert.quant.reference import dequantize_ref
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend, aligned_range
 from edgert.storage.device import measure_read_rate
+from edgert.storage.expert_policy import policy_for
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import ReaderTeam
@@ -200,17 +201,14 @@ class Weights:
         plan = self._plan
         self.streamer = self._dense_streamer(plan)
         if plan.expert_slots:
-            spec = self._need.spec
+            spec, records = self._need.spec, self._need.experts
+            shape = (spec.num_hidden_layers, spec.num_experts)
             self.experts = ExpertStreamer(
                 self._backend,
-                lambda layer, expert: expert_parts(
-                    self._need.experts[layer], self._manifest, expert
-                ),
-                (spec.num_hidden_layers, spec.num_experts),
-                self._slots_of(plan),
-                self._staging,
-                self._place_expert,
-            )
+                lambda layer, expert: expert_parts(records[layer], self._manifest, expert),
+                shape, self._slots_of(plan), self._staging, self._place_expert,
+                policy_for("auto", shape, spec.num_experts_per_tok),
+            )  # fmt: skip
 
     def _dense_streamer(self, plan: Plan) -> Streamer | None:
         streamed = [t for t in plan.tiles if t.stream_index >= 0]
@@ -345,7 +343,10 @@ class Weights:
 
         `work` names the routing buffers of the run state.
         """
+        counters = [rows.S_HITS, rows.S_MISSES, rows.S_CLOCK]  # stamps go on where they were
+        kept = streams[counters]
         streams[:] = 0  # nothing may look at the flags of a ring that is gone
+        streams[counters] = kept
         if self.streamer is not None:
             s = self.streamer
             streams[rows.S_READY] = s.ready.ctypes.data

@@ -226,7 +226,8 @@ class _Wiring:
         x = self.input_of("normed", router.format)
         builder.matmul(router, x, self.rows("router"), self.index)
         builder.barrier()
-        scores, ids, chosen = (self.rows(n) for n in ("router", "expert_ids", "expert_weights"))
+        ids = self.rows(f"expert_ids {layer}")
+        scores, chosen = self.rows("router"), self.rows("expert_weights")
         arguments = moe_route_op(
             logits=scores.address, logits_stride=scores.stride, n_experts=spec.num_experts,
             top_k=spec.num_experts_per_tok, norm_topk=spec.norm_topk_prob,

@@ -106,7 +106,6 @@ def run_state_buffers(
         experts = spec.num_experts
         buffers += [
             Buffer("router", tokens, float_stride(experts)),
-            Buffer("expert_ids", tokens, 8 * spec.num_experts_per_tok),
             Buffer("expert_weights", tokens, 4 * spec.num_experts_per_tok),
             Buffer("expert_out", pairs, float_stride(hidden)),
             Buffer("groups", 1, 16 * experts),
@@ -114,5 +113,10 @@ def run_state_buffers(
             Buffer("pair_id", 1, 8 * pairs),
             Buffer("wave", 1, 16 + 8 * experts),
             Buffer("wave_pairs", 1, 8 * pairs),
+        ]
+        # One for each layer: what was chosen can be read when the pass is over.
+        chosen = 8 * spec.num_experts_per_tok
+        buffers += [
+            Buffer(f"expert_ids {layer}", tokens, chosen) for layer in range(spec.num_hidden_layers)
         ]
     return tuple(buffers)

@@ -13,7 +13,8 @@ layer at a time, in this order, without which a hit could be evicted while it is
   4. only now write state WANTED for the misses, and 8 bytes to `request_fd`.
 A WANTED group becomes READY once its address is written. The consumer marks it DONE after use,
 and writes to `request_fd` again when others are still WANTED: its slot may be the one they need.
-The consumer stamps `last_used[layer, expert]` with a clock; the smallest stamp is evicted first.
+The consumer stamps `last_used[layer, expert]` with a clock that ticks once a layer; a policy reads
+these stamps and says which expert leaves first (expert_policy.py).
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.storage.backend import Backend
-from edgert.storage.expert_cache import plan_admission
+from edgert.storage.expert_cache import admit
+from edgert.storage.expert_policy import ExpertPolicy, Lru
 from edgert.storage.manifest import Extent
 from edgert.storage.reader import Bytes, ReaderTeam
 from edgert.storage.window import Window
 
-__all__ = ["DONE", "READY", "WANTED", "ExpertStreamer", "PartsOf", "PlaceExpert"]
+__all__ = ["DONE", "READY", "WANTED", "ExpertStreamer", "PartsOf", "PlaceExpert", "PolicyFor"]
 
 WANTED = 0
 READY = 1
@@ -42,6 +44,7 @@ _WAKE = bytes(8)
 
 PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read
 PlaceExpert = Callable[[int, int, list[Bytes], Bytes], None]  # layer, expert, raw, slot
+PolicyFor = Callable[[int], ExpertPolicy]  # number of slots -> a policy without a past
 
 
 class ExpertStreamer:
@@ -49,7 +52,8 @@ class ExpertStreamer:
 
     `parts(layer, expert)` names what to read; `place(layer, expert, raw, slot)` gets the exact
     bytes of each part and the whole slot, in one of `len(staging)` reader threads, and should
-    release the GIL. Works with any number of slots from 1. One consumer at a time.
+    release the GIL. Works with any number of slots from 1. One consumer at a time. `policy_for`
+    gives the policy of eviction, LRU without it; it changes time, never what a slot holds.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class ExpertStreamer:
         window: Window,
         staging: Sequence[Bytes],
         place: PlaceExpert,
+        policy_for: PolicyFor | None = None,
     ) -> None:
         n_layers, n_experts = shape
         self.shape = (n_layers, n_experts)
@@ -82,6 +87,21 @@ class ExpertStreamer:
         self._jobs: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
         self._request_read, self.request_fd = os.pipe()
         self._closed = False
+        self.set_policy(policy_for or (lambda _slots: Lru(self.shape)))
+
+    def set_policy(self, policy_for: PolicyFor) -> None:
+        """Evict by another policy from now on. It begins with the last use of each expert."""
+        with self._team.lock:
+            self._policy_for = policy_for
+            self.policy = policy_for(self._window.n_slots)
+            stamps = self.last_used.reshape(-1)
+            self.policy.observe(stamps)
+            self.policy.missed(int(np.count_nonzero(stamps)))  # each was loaded once at least
+
+    def note_pass(self) -> None:
+        """After a pass: let the policy see its uses before others hide them."""
+        with self._team.lock:
+            self.policy.observe(self.last_used.reshape(-1))
 
     @property
     def failed(self) -> npt.NDArray[np.int64]:
@@ -154,6 +174,7 @@ class ExpertStreamer:
         self._owner = np.full(window.n_slots, -1, np.int64)
         self._owner[: len(kept)] = kept
         self._window = window
+        self.set_policy(self._policy_for)
 
     def halt(self) -> None:
         """Stop and join the threads; a read under way is finished first. `reset` begins again."""
@@ -205,7 +226,8 @@ class ExpertStreamer:
             first = layer * self.shape[1]
             keys = dict.fromkeys(first + e for g, e in groups.items() if g not in here)
             wanted = [key for key in keys if key not in self._in_flight]
-            plan = plan_admission(wanted, self._owner, self._stamps(), self._busy(layer))
+            stamps = self.last_used.reshape(-1)
+            plan = admit(self.policy, wanted, self._owner, stamps, self._busy(layer))
             for item in plan.admitted:
                 if item.evicted >= 0:
                     self._address[item.evicted] = 0
@@ -215,11 +237,6 @@ class ExpertStreamer:
                 self._in_flight[item.expert] = item.slot
         for item in plan.admitted:
             self._jobs.put((layer, item.expert - first, item.slot))
-
-    def _stamps(self) -> npt.NDArray[np.int64]:
-        """The stamp of the expert in each slot; free slots get any."""
-        stamps: npt.NDArray[np.int64] = self.last_used.reshape(-1)[self._owner]
-        return stamps
 
     def _busy(self, layer: int) -> npt.NDArray[np.bool_]:
         """Slots that may not be taken: being filled, or on the board and not DONE.

@@ -1,0 +1,156 @@
+"""`edgert simulate`: hit rates of expert caches on recorded routing, beside the optimum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgert import InputError, parse_bytes, read_routing
+from edgert import simulate as simulate_trace
+from edgert.cli.options import debug_options, json_option
+from edgert.cli.progress import Progress
+from edgert.cli.report import atomic_file, print_json, require_matplotlib, table
+
+if TYPE_CHECKING:
+    from edgert import Figure, Routing
+
+__all__ = ["simulate"]
+
+_POLICIES = "lru,lfu,lfu-decay,auto,belady"
+
+
+@click.command()
+@click.argument("file", metavar="TRACE", type=click.Path(path_type=Path))
+@click.option(
+    "--budgets",
+    default="25%,50%,75%",
+    show_default=True,
+    metavar="LIST",
+    help="Memory for experts, with commas between: 1GiB, or 25% of all experts.",
+)
+@click.option("--slots", metavar="LIST", help="Instead: experts kept, over all layers.")
+@click.option(
+    "--policies",
+    default=_POLICIES,
+    show_default=True,
+    metavar="LIST",
+    help="Also partition, pinned, robust. auto is the engine's choice.",
+)
+@click.option("--per-layer", is_flag=True, help="A cache for each layer, of slots / layers.")
+@click.option("--profile", type=click.Path(path_type=Path), help="A trace of earlier runs.")
+@click.option("--array", metavar="NAME", help="Which array of a foreign .npz is the trace.")
+@click.option(
+    "--experts", type=click.IntRange(1, 1 << 15), help="Experts of a layer, in a foreign .npz."
+)
+@click.option("--record-bytes", metavar="SIZE", help="Size of one expert, for budgets in bytes.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the table.")
+@json_option
+@debug_options
+def simulate(
+    file: Path, budgets: str, slots: str | None, policies: str, per_layer: bool,
+    profile: Path | None, array: str | None, experts: int | None, record_bytes: str | None,
+    plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Replay recorded routing with caches of other sizes and policies.
+
+    TRACE is a file of `edgert trace`, or an .npz with arrays of integers [tokens, layers, k], each
+    one request ([tokens, requests, layers, k]: several). Every request begins with an empty cache;
+    rates are means over requests. Belady evicts what is used again last: no policy does better.
+
+    \b
+    edgert simulate trace.npz --budgets 1GiB,2GiB
+    edgert simulate trace.npz --slots 64,128 --policies lru,robust,belady --json
+    """
+    if plot is not None:
+        require_matplotlib()
+    trace = read_routing(file, array=array, experts=experts)
+    known = None
+    if profile is not None:
+        known = read_routing(profile, array=array, experts=trace.experts).uses()
+    size = trace.record_bytes if record_bytes is None else parse_bytes(record_bytes)
+    counts = _counts(slots) if slots else _slots_of(budgets, trace, size, per_layer)
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    with Progress() as progress:
+        figures = simulate_trace(
+            trace, counts, names, per_layer=per_layer, profile=known,
+            progress=lambda done, total: progress.update(done, total, "simulate"),
+        )  # fmt: skip
+    if plot is not None:
+        _plot(plot, file.name, figures)
+    if as_json:
+        rows = [{name: getattr(f, name) for name in f.__slots__} for f in figures]
+        print_json(
+            {
+                "layers": trace.layers, "experts": trace.experts, "k": trace.k,
+                "tokens": trace.tokens, "requests": len(trace.requests), "figures": rows,
+            }
+        )  # fmt: skip
+    else:
+        click.echo(_text(trace, figures, names))
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{text!r} is no list of slots; write one like 64,128") from None
+    return counts
+
+
+def _slots_of(text: str, trace: Routing, record_bytes: int, per_layer: bool) -> list[int]:
+    """Slots for each budget; whole layers' worth with `per_layer`."""
+    every = trace.layers * trace.experts
+    counts = []
+    for part in (part.strip() for part in text.split(",")):
+        if part.endswith("%"):
+            try:
+                share = float(part[:-1]) / 100
+            except ValueError:
+                share = -1.0
+            if not 0 < share <= 1:
+                raise InputError(f"{part!r} is no share of the experts; give 1% to 100%")
+            count = int(share * every)
+        elif record_bytes < 1:
+            raise InputError(
+                f"how many experts fit in {part} is not known: this trace has no size of an "
+                "expert; give --record-bytes, --slots, or a share like 25%"
+            )
+        else:
+            count = min(parse_bytes(part) // record_bytes, every)
+        counts.append(count - count % trace.layers if per_layer else count)
+    return counts
+
+
+def _text(trace: Routing, figures: list[Figure], names: list[str]) -> str:
+    """Hit rates in per cent: a row for each number of slots, a column for each policy."""
+    rows = []
+    for at in range(0, len(figures), len(names)):
+        row = figures[at : at + len(names)]
+        below = " (below a token)" if row[0].below_working_set else ""
+        rates = [f"{100 * f.hit_rate:.1f}" for f in row]
+        chosen = [f.chosen for f in row if f.policy == "auto"]
+        rows.append([f"{row[0].slots}{below}", f"{100 * row[0].share:.0f}", *rates, *chosen])
+    header = ["slots", "% of experts", *names, *(["auto is"] if "auto" in names else [])]
+    return (
+        f"{trace.tokens} tokens in {len(trace.requests)} requests, {trace.layers} layers, "
+        f"{trace.k} of {trace.experts} experts; hit rates in %\n\n{table(header, rows)}"
+    )
+
+
+def _plot(path: Path, title: str, figures: list[Figure]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(f.policy for f in figures):
+        points = sorted((100 * f.share, 100 * f.hit_rate) for f in figures if f.policy == name)
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set(xlabel="experts kept (%)", ylabel="hit rate (%)", title=title, ylim=(0, None))
+    axes.legend()
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,184 @@
+"""Replays recorded routing against a cache of expert slots, beside the best that could be done.
+
+Owns: the cache in the simulation, and Belady's optimum. Must not know files or what a policy does:
+evictions are those of the engine's own function, so the same trace gives the same hits.
+
+*Belady* evicts what is used again last; no policy that has to load what it computes does better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import InputError
+from edgert.routing import Choices, Routing
+from edgert.storage.expert_cache import admit
+from edgert.storage.expert_policy import (
+    POLICIES,
+    ExpertPolicy,
+    Lru,
+    Shape,
+    choose_policy,
+    make_policy,
+)
+
+__all__ = ["SIMULATED", "Figure", "replay", "simulate"]
+
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+SIMULATED = (*POLICIES, "auto", "belady")  # auto: the one the engine would choose
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What one policy did with one number of slots. Rates are means over requests."""
+
+    policy: str
+    chosen: str  # what "auto" stands for here; else the policy's own name
+    slots: int  # over all layers
+    share: float  # of all experts
+    below_working_set: bool  # fewer slots than a token uses
+    hit_rate: float
+    misses_per_token: float
+
+
+def simulate(
+    trace: Routing,
+    slots: Sequence[int],
+    policies: Sequence[str] = SIMULATED,
+    *,
+    per_layer: bool = False,
+    profile: _Floats | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Figure]:
+    """Every policy with every number of slots; each request begins with an empty cache.
+
+    `slots` count over all layers, at least k; with `per_layer` each layer has its own cache of
+    `slots` / layers, as when layers were recorded apart. Raises `InputError`.
+    """
+    layers, k, every = trace.layers, trace.k, trace.layers * trace.experts
+    least = layers * k if per_layer else k
+    for count in slots:
+        if not least <= count <= every:
+            raise InputError(f"{count} slots: give from {least} to {every}, the number of experts")
+        if per_layer and count % layers:
+            raise InputError(f"{count} slots are no whole number for each of {layers} layers")
+    for name in policies:
+        if name not in SIMULATED:
+            raise InputError(f"there is no policy {name!r}; choose from {', '.join(SIMULATED)}")
+    if profile is not None and profile.shape != (layers, trace.experts):
+        raise InputError(
+            f"the profile is of {profile.shape[0]} layers of {profile.shape[1]} experts, the trace "
+            f"of {layers} of {trace.experts}"
+        )
+    figures = []
+    for count in slots:
+        for name in policies:
+            figures.append(_figure(trace, count, name, per_layer, profile))
+            if progress:
+                progress(len(figures), len(slots) * len(policies))
+    return figures
+
+
+def _figure(
+    trace: Routing, slots: int, name: str, per_layer: bool, profile: _Floats | None
+) -> Figure:
+    """One policy with one number of slots."""
+    parts = [[layer] for layer in range(trace.layers)] if per_layer else [[*range(trace.layers)]]
+    shape, k, own = (len(parts[0]), trace.experts), trace.k, slots // len(parts)
+    rates, misses, chosen = [], 0, name
+    for choices, passes in zip(trace.requests, trace.passes, strict=True):
+        hits = uses = 0
+        for part in parts:
+            steps = list(_steps(choices[:, part], passes, trace.experts))
+            known = None if profile is None else profile[part]
+            policy: ExpertPolicy
+            if name == "belady":
+                policy = _Belady(shape, steps)
+            elif name == "auto":
+                policy = choose_policy(own, shape, k, known)
+                chosen = policy.name
+            else:
+                policy = make_policy(name, own, shape, k, known)
+            hits += replay(steps, shape, own, policy)
+            uses += sum(len(keys) for keys in steps)
+        rates.append(hits / uses)
+        misses += uses - hits
+    return Figure(
+        name, chosen, slots, slots / (trace.layers * trace.experts), slots < trace.layers * k,
+        float(np.mean(rates)), misses / trace.tokens,
+    )  # fmt: skip
+
+
+def _steps(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> Iterator[_Ints]:
+    """The keys of each layer of each pass, ascending, each once however many tokens chose it."""
+    at = 0
+    for size in passes.tolist():
+        for layer in range(choices.shape[1]):
+            yield np.unique(choices[at : at + size, layer]).astype(np.int64) + layer * experts
+        at += size
+
+
+def replay(steps: Sequence[_Ints], shape: Shape, slots: int, policy: ExpertPolicy) -> int:
+    """Hits of a policy over the layers in turn, from an empty cache; `steps`: keys of each.
+
+    As `ExpertStreamer` does it: what a layer misses is admitted at once as far as there are slots
+    it does not use itself, the rest when those that have arrived are computed.
+    """
+    stamps = np.zeros(shape[0] * shape[1], np.int64)
+    slot_of = np.full(len(stamps), -1, np.int64)
+    owner = np.full(slots, -1, np.int64)
+    hits = 0
+    for clock, keys in enumerate(steps, 1):
+        stamps[keys] = clock
+        resident = slot_of[keys]
+        wanted = keys[resident < 0].tolist()
+        hits += len(keys) - len(wanted)
+        busy = np.zeros(slots, np.bool_)
+        busy[resident[resident >= 0]] = True
+        while wanted:
+            plan = admit(policy, wanted, owner, stamps, busy)
+            for item in plan.admitted:
+                if item.evicted >= 0:
+                    slot_of[item.evicted] = -1
+                slot_of[item.expert] = item.slot
+                owner[item.slot] = item.expert
+            wanted = list(plan.waiting)
+            busy[:] = False  # those before are computed
+        if clock % shape[0] == 0:
+            policy.observe(stamps)
+    return hits
+
+
+class _Belady(Lru):
+    """Evicts what is used again last; knows the future."""
+
+    name = "belady"
+
+    def __init__(self, shape: Shape, steps: Sequence[_Ints]) -> None:
+        super().__init__(shape)
+        self._steps = steps
+        self._done = 0
+        following = np.full(len(self.seen), len(steps) + 1, np.int64)
+        self._next = following.copy()
+        self._after: list[_Ints] = []
+        for number in range(len(steps), 0, -1):
+            keys = steps[number - 1]
+            self._after.append(following[keys])
+            following[keys] = number
+        self._after.reverse()
+
+    def observe(self, stamps: _Ints) -> None:
+        """Look up when what was used is used next."""
+        now = int(stamps.max())
+        for number in range(self._done, now):
+            self._next[self._steps[number]] = self._after[number]
+        self._done = now
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The latest next use first."""
+        return -self._next[owner].astype(np.float64)

@@ -1,0 +1,293 @@
+"""Which resident expert leaves first: the policies behind one interface, and the choice of one.
+
+Owns: what is remembered of past use, and the order it gives. Must not know files, threads, or
+whether a device or a simulator asks: both call the same functions with the same numbers.
+
+A *key* is layer * n_experts + expert. Its *stamp* is the clock of its last use, 0 for never; the
+clock ticks once a layer, so n_layers ticks are a pass. A policy learns of uses from the stamps
+alone (`observe`): compiled code writes them, and no key is used twice in a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "POLICIES",
+    "DecayedLfu",
+    "ExpertPolicy",
+    "Keeps",
+    "Lfu",
+    "Lru",
+    "Partitioned",
+    "Predicted",
+    "Robust",
+    "Shape",
+    "choose_policy",
+    "make_policy",
+    "policy_for",
+]
+
+Shape = tuple[int, int]  # n_layers, n_experts
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Bits = npt.NDArray[np.bool_]
+Keeps = Callable[[_Ints], _Bits]
+
+# Passes after which a use counts half. Between 24 and 96 the hit rates on recorded routing differ
+# by less than 0.2 points; 4 costs up to 3 points, none at all up to 1.
+HALF_LIFE = 48.0
+# How much worse than LRU `Robust` may become before it turns into LRU.
+_EXCESS = 0.05
+
+
+class ExpertPolicy(Protocol):
+    """An order of eviction. Not thread-safe; its owner calls it under one lock."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and options."""
+
+    def observe(self, stamps: _Ints) -> None:
+        """Learn what was used since the last call: `stamps` (n_keys,), not kept."""
+
+    def missed(self, count: int) -> None:
+        """Learn that `count` experts had to be loaded."""
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The rank of each slot, (n_slots,); the lowest leaves first. `owner`: keys, -1 free."""
+
+
+class Lru:
+    """Least recently used first. Hits exactly 0 % below the working set of one token."""
+
+    name = "lru"
+
+    def __init__(self, shape: Shape) -> None:
+        self.seen: _Ints = np.zeros(shape[0] * shape[1], np.int64)
+
+    def observe(self, stamps: _Ints) -> None:
+        """Remember the stamps."""
+        self.seen[:] = stamps
+
+    def missed(self, count: int) -> None:
+        """Misses change nothing."""
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The stamps."""
+        stamps: _Floats = self.seen[owner].astype(np.float64)
+        return stamps
+
+
+class Lfu(Lru):
+    """Least frequently used first, of equals the one used longest ago."""
+
+    name = "lfu"
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self._uses = np.zeros(len(self.seen))
+
+    def observe(self, stamps: _Ints) -> None:
+        """Count what has a new stamp."""
+        self._uses += stamps != self.seen
+        self.seen[:] = stamps
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """Uses, then stamps."""
+        ranks: _Floats = self._uses[owner] + self.seen[owner] / (1.0 + self.seen.max())
+        return ranks
+
+
+class DecayedLfu(Lru):
+    """Least frequently used first, each use counting half after `half_life` passes.
+
+    The weight of a key is w(t) = sum over its uses u of 2^(-(t - u) / h): LRFU (Lee et al., 2001).
+    Kept as score = log2 w(t) + t / h, which does not change while a key is not used, so that an
+    order needs no clock. `prior` (n_keys,): weights to begin with, of a profile.
+    """
+
+    name = "lfu-decay"
+
+    def __init__(
+        self, shape: Shape, prior: _Floats | None = None, half_life: float = HALF_LIFE
+    ) -> None:
+        super().__init__(shape)
+        self._ticks = half_life * shape[0]
+        self.score = np.full(len(self.seen), -np.inf)
+        if prior is not None:
+            with np.errstate(divide="ignore"):
+                self.score[:] = np.log2(prior)
+
+    def observe(self, stamps: _Ints) -> None:
+        """Add a use to what has a new stamp."""
+        used = np.flatnonzero(stamps != self.seen)
+        now = stamps[used]
+        self.score[used] = np.logaddexp2(self.score[used], now / self._ticks)
+        self.seen[used] = now
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The scores."""
+        return self.score[owner]
+
+
+class Predicted:
+    """Follows predictions of one bit: what may go leaves before what to keep.
+
+    `keeps(owner)` says of each slot, (n_slots,): True keep, False may go; `order` orders each part.
+    """
+
+    name = "predicted"
+
+    def __init__(self, keeps: Keeps, order: ExpertPolicy) -> None:
+        self._keeps = keeps
+        self._order = order
+
+    def observe(self, stamps: _Ints) -> None:
+        """As the order inside."""
+        self._order.observe(stamps)
+
+    def missed(self, count: int) -> None:
+        """As the order inside."""
+        self._order.missed(count)
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """Places: first what may go, then what to keep."""
+        places = np.empty(len(owner))
+        parts = (self._order.ranks(owner), self._keeps(owner))
+        places[np.lexsort(parts)] = np.arange(len(owner))
+        return places
+
+
+class Partitioned(Predicted):
+    """Keeps the best experts of each layer, as many for each, whatever other layers do.
+
+    Below the working set of one token every layer pushes out what the layers before it left, unless
+    each owns a share. `reserve` slots are nobody's: missing experts pass through them, all at once.
+    """
+
+    name = "partition"
+
+    def __init__(self, shape: Shape, slots: int, reserve: int, order: ExpertPolicy) -> None:
+        super().__init__(self._best, order)
+        self._n_experts = shape[1]
+        # Some layers keep one more, spread evenly over all.
+        ends = np.arange(shape[0] + 1) * max(slots - reserve, 0) // shape[0]
+        self._shares: _Ints = np.diff(ends)
+
+    def _best(self, owner: _Ints) -> _Bits:
+        """Keep what is among its layer's best, as many as its share."""
+        layer = owner // self._n_experts  # -1 for free slots
+        by_layer = np.lexsort((-self._order.ranks(owner), layer))
+        ordered = layer[by_layer]
+        place = np.arange(len(owner)) - np.searchsorted(ordered, ordered)
+        kept = np.empty(len(owner), np.bool_)
+        kept[by_layer] = place < self._shares[ordered]
+        return kept
+
+
+class Robust(Lru):
+    """Follows a policy while it is worth it, and LRU when it is not.
+
+    Beside it runs an LRU that holds only stamps. At more than (1 + 1/20) of its misses + the number
+    of slots, evictions are LRU's until that no longer holds. LRU begun in any state misses at most
+    `slots` more than LRU, so the misses never exceed (1 + 1/20) LRU + 2 slots + one layer's,
+    whatever is predicted: robust and consistent, as in Antoniadis et al., Paging with Succinct
+    Predictions, 2023.
+    """
+
+    name = "robust"
+
+    def __init__(self, shape: Shape, slots: int, trusted: ExpertPolicy) -> None:
+        super().__init__(shape)
+        self._slots = slots
+        self._trusted = trusted
+        self.misses = 0
+        self.lru_misses = 0
+
+    def observe(self, stamps: _Ints) -> None:
+        """Also count what LRU would have missed: all but the `slots` latest stamps."""
+        used = self.seen[stamps != self.seen]
+        if not len(used):
+            return
+        oldest = 1
+        if self._slots < len(self.seen):
+            oldest = max(1, int(np.partition(self.seen, -self._slots)[-self._slots]))
+        self.lru_misses += int(np.count_nonzero(used < oldest))
+        self.seen[:] = stamps
+        self._trusted.observe(stamps)
+
+    def missed(self, count: int) -> None:
+        """Count own misses."""
+        self.misses += count
+
+    @property
+    def trusting(self) -> bool:
+        """False while the policy has cost too much."""
+        return self.misses <= (1 + _EXCESS) * self.lru_misses + self._slots
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The policy's, or stamps."""
+        return self._trusted.ranks(owner) if self.trusting else super().ranks(owner)
+
+
+def _profile_weights(profile: _Floats, k: int) -> _Floats:
+    """What a profile is worth as past uses: as many as a run of one half-life leaves."""
+    share = profile / np.maximum(profile.sum(axis=1, keepdims=True), 1e-300)
+    weights: _Floats = (share * k * HALF_LIFE).reshape(-1)
+    return weights
+
+
+def make_policy(
+    name: str, slots: int, shape: Shape, k: int, profile: _Floats | None = None
+) -> ExpertPolicy:
+    """A policy of `POLICIES` for `slots` slots; `profile`: uses of each expert, as `shape`."""
+    prior = None if profile is None else _profile_weights(profile, k)
+    if name == "lru":
+        return Lru(shape)
+    if name == "lfu":
+        return Lfu(shape)
+    order = DecayedLfu(shape, prior)
+    if name == "lfu-decay":
+        return order
+    if name == "pinned":
+        return Predicted(_hottest(prior, slots - 2 * k), order)
+    partition = Partitioned(shape, slots, k, order)
+    if name == "partition":
+        return partition
+    assert name == "robust", name
+    return Robust(shape, slots, partition)
+
+
+def _hottest(prior: _Floats | None, count: int) -> Keeps:
+    """Keep the `count` experts a profile says are used most; none without one."""
+    keys = np.zeros(0, np.int64)
+    if prior is not None and count > 0:
+        keys = np.argsort(-prior, kind="stable")[:count]
+    return lambda owner: np.isin(owner, keys)
+
+
+POLICIES = ("lru", "lfu", "lfu-decay", "pinned", "partition", "robust")
+
+
+def choose_policy(slots: int, shape: Shape, k: int, profile: _Floats | None = None) -> ExpertPolicy:
+    """The policy for a number of slots: pure.
+
+    Below the working set of one token LRU hits nothing, so there is nothing to fall back on; above
+    it, it is the limit of what can be lost. With a slot for each expert nothing ever leaves.
+    """
+    if slots >= shape[0] * shape[1]:
+        return Lru(shape)
+    name = "partition" if slots < shape[0] * k else "robust"
+    return make_policy(name, slots, shape, k, profile)
+
+
+def policy_for(name: str, shape: Shape, k: int) -> Callable[[int], ExpertPolicy]:
+    """What makes the policy `name` for a number of slots; "auto" chooses."""
+    if name == "auto":
+        return lambda slots: choose_policy(slots, shape, k)
+    return lambda slots: make_policy(name, slots, shape, k)
