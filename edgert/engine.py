@@ -267,8 +267,6 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self.path.name}, {self.spec.architecture}, {self.plan.budget_bytes} bytes)"
 
-    # ---- tokens and logits ---------------------------------------------------------------------
-
     def tokenize(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """The tokens of `text`; names of control tokens in it are ordinary text."""
         return self.tokenizer.encode(text, add_bos=add_bos)
@@ -378,8 +376,6 @@ class Engine:
             raise InputError(f"generate: {error}") from None
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         return GenerationOptions(params, max_tokens, seed, stops, on_prefill, speculate, draft_max)
-
-    # ---- the end -------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:

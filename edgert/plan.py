@@ -30,7 +30,7 @@ from edgert.plan_parts import (
     measure,
     need_of,
 )
-from edgert.plan_policy import LARGE, USUAL, fastest_pass, large_requests, rates_of
+from edgert.plan_policy import USUAL, fastest_pass, rates_of, requests_for
 from edgert.plan_records import Plan, PlanOptions, Region
 from edgert.storage.manifest import Manifest
 from edgert.units import MIB
@@ -128,10 +128,9 @@ def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
 
 def _suited(shapes: Sequence[Shape], profile: DeviceProfile | None) -> list[Shape]:
     """The shapes with the requests that the device wants."""
-    if not large_requests(profile):
-        return list(shapes)
+    tile_bytes, readers = requests_for(profile)
     return [
-        replace(shape, tile_bytes=LARGE[0], readers=LARGE[1])
+        replace(shape, tile_bytes=tile_bytes, readers=readers)
         if (shape.tile_bytes, shape.readers) == USUAL
         else shape
         for shape in shapes

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from edgert.device_profile import DeviceProfile
 from edgert.units import MIB
 
-__all__ = ["PASSES", "Rates", "fastest_pass", "large_requests", "rates_of", "turn_seconds"]
+__all__ = ["PASSES", "Rates", "fastest_pass", "rates_of", "requests_for", "turn_seconds"]
 
 PASSES = (512, 256, 128, 64, 32, 16, 8)  # tokens of a pass to choose from, best first where equal
 PROMPT, ANSWER = 384, 256
-LARGE = (2 * MIB, 6)  # request and readers for devices that need them
-USUAL = (3 * MIB // 2, 6)
-_SMALLER = (MIB, 6)  # than `USUAL`, what a profile has measured
+# Size and number of requests: small ones need the least memory, and do as well on a slow disk.
+SMALL, USUAL, LARGE = (MIB, 6), (3 * MIB // 2, 6), (2 * MIB, 6)
+SLOW = 1.5e9  # bytes per second up to which small requests do
 CLEARLY = 1.5  # faster than noise: one short measurement of a rate is off by up to a fifth
 CAUTION = 0.5  # of the disk's rate: too long a pass costs memory for 1 % of a model, too short a
 # one on a disk that is throttled or shared costs the prompt twice its time
@@ -70,9 +70,13 @@ def fastest_pass(
     return None if best is None else best[1]
 
 
-def large_requests(profile: DeviceProfile | None) -> bool:
-    """True for a device that reads clearly faster with `LARGE` requests than with smaller ones."""
+def requests_for(profile: DeviceProfile | None) -> tuple[int, int]:
+    """Size of a request and number of readers for a device: large ones where they are clearly
+    faster, small ones where the disk is slow.
+    """
     if profile is None:
-        return False
+        return USUAL
     rates = {(r.request_bytes, r.readers): r.bytes_per_s for r in profile.reads}
-    return rates.get(LARGE, 0.0) > CLEARLY * rates.get(_SMALLER, float("inf"))
+    if rates.get(LARGE, 0.0) > CLEARLY * rates.get(SMALL, float("inf")):
+        return LARGE
+    return SMALL if profile.disk_bytes_per_s <= SLOW else USUAL

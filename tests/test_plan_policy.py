@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edgert.plan import PlanOptions, plan_memory
-from edgert.plan_policy import LARGE, PASSES, rates_of, turn_seconds
+from edgert.plan_policy import LARGE, PASSES, SMALL, USUAL, rates_of, turn_seconds
 from edgert.units import GIB, MIB
 from tests.device import profile
 from tests.test_plan import MODELS, manifest_of
@@ -90,18 +90,18 @@ def test_a_plan_is_pure_with_a_profile_too() -> None:
     assert plans[0] == plans[1]
 
 
-def test_a_device_that_wants_large_requests_gets_them() -> None:
+def test_a_device_gets_the_requests_it_wants() -> None:
     slow = tuple(
         replace(r, bytes_per_s=r.bytes_per_s / (1 if r.request_bytes >= 2 * MIB else 3))
         for r in profile().reads
     )
     wanted = PlanOptions(GIB, threads=2)
-    usual, large = (
+    found = [
         plan_memory(EIGHT_B, manifest_of("8b"), wanted, PROCESS, NEEDS, p)
-        for p in (profile(), profile(reads=slow))
-    )
-    assert (usual.tile_bytes, large.tile_bytes) == (3 * MIB // 2, 2 * MIB)
-    assert large.reader_threads == LARGE[1]
+        for p in (None, profile(1e9), profile(3e9), profile(reads=slow))
+    ]
+    assert [p.tile_bytes for p in found] == [USUAL[0], SMALL[0], USUAL[0], LARGE[0]]
+    assert found[3].reader_threads == LARGE[1]
 
 
 def test_the_caller_may_fix_the_pass() -> None:

@@ -120,6 +120,8 @@ def test_an_engine_predicts_at_the_rate_it_has_just_measured(
     monkeypatch.setattr(engine_module, "note_drift", lambda p, files, rate: noted.append(rate))
     with tight(tiny_gguf) as engine:
         assert engine.prediction is not None
+        assert noted == []  # the profile's own rate, until the disk is measured
+        engine.measure_device(0.01)
         engine.generate([1, 5, 9], max_tokens=3)
         assert engine.last_stats is not None
         assert engine.last_stats.predicted_tok_s == engine.prediction.decode_tok_s > 0
