@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgert.machine import cgroup_memory, peak_bytes, process_memory
-from edgert.pages import cached_bytes, resident_in
 from edgert.plan import Plan
 from edgert.results import MemoryReport
 from edgert.storage.arena import Arena
+from edgert.storage.pages import cached_bytes, resident_in
 from edgert.units import MIB
 
 __all__ = ["AGREEMENT_BYTES", "memory_report"]

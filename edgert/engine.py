@@ -30,13 +30,13 @@ from edgert.machine import available_bytes, trim_heap
 from edgert.models.graph import Graph, build_program
 from edgert.models.run_state import run_state_buffers
 from edgert.opening import Opened, Progress
-from edgert.pages import cached_bytes
 from edgert.plan import Plan
 from edgert.plan_parts import Need, need_of, scratch_bytes
 from edgert.prediction import Prediction, predict
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.session import GenerationOptions, Session, complete
 from edgert.storage.backend import Backend
+from edgert.storage.pages import cached_bytes
 from edgert.threads import ThreadTeam
 from edgert.timeline import Span, Timeline, no_span
 from edgert.tokenizer import Tokenizer

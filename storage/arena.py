@@ -12,7 +12,6 @@ nothing. Huge pages are asked for in the prefix only: elsewhere one touched byte
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
 import threading
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import EdgertError
+from edgert.storage.pages import resident_in
 from edgert.units import align_down, align_up, format_bytes
 
 __all__ = ["Arena", "ArenaRegion", "absent_bytes", "promised_bytes"]
@@ -145,19 +145,8 @@ class Arena:
         """Bytes whose pages exist; what was never touched has none. All, where nobody can tell."""
         if sys.platform != "linux" or self._bytes is None:
             return self._used
-        step = 2**14  # pages asked for at once
-        seen = np.zeros(step, np.uint8)
-        found = 0
-        for at in range(0, -(-len(self._bytes) // mmap.PAGESIZE), step):
-            start = at * mmap.PAGESIZE
-            nbytes = min(step * mmap.PAGESIZE, len(self._bytes) - start)
-            seen[:] = 0
-            ctypes.CDLL(None).mincore(
-                ctypes.c_void_p(self.address + start), ctypes.c_size_t(nbytes),
-                ctypes.c_void_p(seen.ctypes.data),
-            )  # fmt: skip
-            found += int(np.count_nonzero(seen & 1))
-        return found * mmap.PAGESIZE
+        found = resident_in(self.address, align_up(len(self._bytes), mmap.PAGESIZE))
+        return self._used if found is None else found
 
     def seal(self) -> None:
         """End taking. Idempotent until closed."""

@@ -28,8 +28,6 @@ __all__ = ["metadata_bytes", "read_gguf"]
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _TENSORS_MAX = 1 << 17  # 94 layers of 128 experts in separate tensors are 36 k
-_DIMS_MAX = 4
-_NAME_MAX = 255  # bytes; ggml itself stops at 63
 _TENSOR_BYTES_MIN = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dimensions, one size, type, offset
 _ALIGNMENT_MAX = 1 << 20
 _ALIGNMENT_DEFAULT = 32
@@ -213,13 +211,8 @@ def _alignment(reader: HeaderReader, metadata: Mapping[str, Any]) -> int:
 
 def _read_entry(reader: HeaderReader, what: str, file_index: int, alignment: int) -> TensorEntry:
     """One row of the table; its extent still counts from the start of the data."""
-    name = reader.name(f"the name of {what}", _NAME_MAX)
+    name, sizes, at = reader.tensor_shape(what)
     what = f"tensor {name!r}"
-    at = reader.offset
-    n_dims = reader.u32(what)
-    if not 1 <= n_dims <= _DIMS_MAX:
-        raise reader.error(f"{what} has {n_dims:,} dimensions, not 1 to {_DIMS_MAX}", at)
-    sizes = [reader.u64(what) for _ in range(n_dims)]
     type_id = reader.u32(what)
     try:
         fmt = format_of(type_id)
@@ -230,12 +223,7 @@ def _read_entry(reader: HeaderReader, what: str, file_index: int, alignment: int
         parameters *= size
         if size == 0 or parameters * fmt.block_bytes > _NBYTES_MAX:
             raise reader.error(f"{what} has the impossible shape {sizes}", at)
-    if sizes[0] % fmt.block_size:
-        raise reader.error(
-            f"{what} has rows of {sizes[0]:,} weights, not a multiple of the "
-            f"{fmt.block_size} of a {fmt.name} block",
-            at,
-        )
+    reader.check_rows(name, sizes[0], fmt, at)
     at = reader.offset
     offset = reader.u64(what)
     if offset % alignment:

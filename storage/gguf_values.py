@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from edgert.errors import FormatError
+from edgert.quant.formats import QuantFormat
 from edgert.units import MIB, format_bytes
 
 __all__ = ["ARRAY", "HEADER_MAX", "STRING", "HeaderReader", "read_metadata"]
@@ -26,6 +27,8 @@ _STRING_MAX = 16 * MIB  # one value; chat templates are the longest, some 100 KB
 _KEY_MAX = 65_535  # bytes; the specification's limit
 _ARRAY_MAX = 1 << 22  # elements; 8 times the longest list of merges seen
 _KEY_COUNT_MAX = 1 << 16
+_TENSOR_NAME_MAX = 255  # bytes; ggml itself stops at 63
+_DIMS_MAX = 4
 _CHUNK = 256 * 1024  # bytes of one read; 1 MiB was no faster on a 5.9 MB header
 
 _U32 = Struct("<I")
@@ -106,6 +109,24 @@ class HeaderReader:
         if not text:
             raise self.error(f"{what} is empty", at)
         return text
+
+    def tensor_shape(self, what: str) -> tuple[str, list[int], int]:
+        """The name of a tensor, its sizes, innermost first, and the offset behind its name."""
+        name = self.name(f"the name of {what}", _TENSOR_NAME_MAX)
+        what, at = f"tensor {name!r}", self.offset
+        n_dims = self.u32(what)
+        if not 1 <= n_dims <= _DIMS_MAX:
+            raise self.error(f"{what} has {n_dims:,} dimensions, not 1 to {_DIMS_MAX}", at)
+        return name, [self.u64(what) for _ in range(n_dims)], at
+
+    def check_rows(self, name: str, columns: int, fmt: QuantFormat, at: int) -> None:
+        """Refuse rows of `columns` weights that are not whole blocks of `fmt`."""
+        if columns % fmt.block_size:
+            raise self.error(
+                f"tensor {name!r} has rows of {columns:,} weights, not a multiple of the "
+                f"{fmt.block_size} of a {fmt.name} block",
+                at,
+            )
 
     def strings(self, count: int, what: str) -> list[str]:
         """`count` texts. This loop is the cost of opening a large vocabulary."""

@@ -43,8 +43,6 @@ _SUM = Struct("<I")
 _READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
 _TENSORS_MAX = 1 << 17
 _MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
-_DIMS_MAX = 4
-_NAME_MAX = 255
 _TENSOR_BYTES_MIN = 8 + 1 + 4 + 8 + 4 + 4 + 4 + 24
 _NBYTES_MAX = 2**63 - 1
 
@@ -226,21 +224,12 @@ def _read_index(
 
 
 def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
-    name = reader.name(f"the name of {what}", _NAME_MAX)
+    name, sizes, at = reader.tensor_shape(what)
     what = f"tensor {name!r}"
-    at = reader.offset
-    n_dims = reader.u32(what)
-    if not 1 <= n_dims <= _DIMS_MAX:
-        raise reader.error(f"{what} has {n_dims:,} dimensions, not 1 to {_DIMS_MAX}", at)
-    sizes = [reader.u64(what) for _ in range(n_dims)]
     fmt = _format(reader, name)
     if 0 in sizes or prod(sizes) * (fmt.block_bytes + 4) * TILE_ROWS > _NBYTES_MAX:
         raise reader.error(f"{what} has the impossible shape {sizes}", at)
-    if sizes[0] % fmt.block_size:
-        raise reader.error(
-            f"{what} has rows of {sizes[0]:,} weights, not a multiple of the "
-            f"{fmt.block_size} of a {fmt.name} block", at,
-        )  # fmt: skip
+    reader.check_rows(name, sizes[0], fmt, at)
     layout, n_parts = reader.u32(what), reader.u32(what)
     if layout >= len(LAYOUTS) or n_parts != 1:
         raise UnsupportedError(

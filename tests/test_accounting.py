@@ -19,7 +19,7 @@ import pytest
 import edgert
 from edgert.accounting import AGREEMENT_BYTES
 from edgert.cli.cgroup import drop_page_cache
-from edgert.pages import cached_bytes, cached_bytes_ref, resident_in
+from edgert.storage.pages import cached_bytes, cached_bytes_ref, resident_in
 from tests.command import ROOT, environment
 from tests.test_stress import DENSE, group, inflated
 from tests.tight import tight
