@@ -232,3 +232,19 @@ def test_threads_that_sleep_are_woken_and_leave_no_messages() -> None:
     team.close()
     team.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.timeout(60)
+def test_no_message_is_lost_when_walks_are_stopped_before_all_are_awake() -> None:
+    """A thread that ends a stopped walk at once must not take the message that wakes another."""
+    team = ThreadTeam(2)
+    builder = ProgramBuilder()
+    cells, early = np.zeros(4, np.int64), np.zeros(1, np.int64)
+    builder.call(_count_kernel, [address_of(cells), 0, 0, address_of(early)], 4, chunk=1)
+    program = builder.finish()
+    team.stop()
+    for turn in range(2000):
+        time.sleep(0.0006 + 0.001 * (turn % 4))  # around the time after which they sleep
+        team.run(program)  # would wait for ever
+    assert (cells == 0).all() and int(team.cell(rows.C_ENDED)[0]) == 2000
+    team.close()
