@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from edgert.budget import resolve_budget
+from edgert.budget import resolve_budget, within_cgroup
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile, load_profile
 from edgert.errors import ModelError, UnsupportedError
@@ -71,11 +71,15 @@ def planner(
     return plan_for
 
 
-def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
-    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
+def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool = False) -> Plan:
+    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`.
+
+    `here`: for this process, whose cgroup may have less than was asked for.
+    """
     profile = load_profile(opened.manifest.files, options.threads or default_threads())
     plan_for = planner(opened, options, process, profile)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0
-    return plan_for(resolve_budget(asked, full, available_bytes()))
+    budget = resolve_budget(asked, full, available_bytes())
+    return plan_for(within_cgroup(budget) if here else budget)
