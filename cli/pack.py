@@ -32,7 +32,7 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
     help="keep: the same weights to the bit. P3_128: attention and feed-forward matrices in 3 "
     "bits with a scale for 128 weights, and so on: smaller, and lossy.",
 )
-@click.option("--nearest", is_flag=True, help="Round to nearest: 12 times as fast, less exact.")
+@click.option("--nearest", is_flag=True, help="Round to nearest: half the time, less exact.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @debug_options
 def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bool) -> None:

@@ -19,6 +19,7 @@ from edgert.kernels_cpu.isa import AVX512_VNNI, ISA
 from edgert.kernels_cpu.jit import Kernel
 from edgert.kernels_cpu.matmul import matmul, matmul_ref
 from edgert.kernels_cpu.matmul_planes import DIRECT, LOOKUP
+from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.quant.formats import PLANES, PlaneFormat
 from edgert.quant.metrics import max_abs_error, relative_rms
 from edgert.quant.packing import pack, unpack
@@ -166,6 +167,38 @@ def test_quantize_refuses_what_does_not_fit() -> None:
         quantize(PLANES["P3_128"], np.zeros((2, 192), np.float32))
     with pytest.raises(InputError, match=r"importance must be \[128\]"):
         quantize(PLANES["P3_128"], np.zeros((2, 128), np.float32), np.ones(64, np.float32))
+
+
+KINDS = {
+    "normal": lambda shape: normal("fit", shape),
+    "few values": lambda shape: np.rint(normal("few", shape)),
+    "an offset": lambda shape: normal("offset", shape) * np.float32(0.01) + np.float32(3),
+    "an outlier": lambda shape: normal("outlier", shape) ** 5,
+    "zeros, constants, tiny": lambda shape: (
+        normal("tiny", shape) * np.logspace(-30, 4, shape[0], dtype=np.float32)[:, None]
+    ).round(3),
+}
+
+
+@by_name
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_quantiser_equals_its_twin_to_the_bit(fmt: PlaneFormat, kind: str) -> None:
+    x = KINDS[kind]((24, 256)).astype(np.float32)
+    for weight in (None, np.square(normal("counts", (256,))), np.zeros(256, np.float32)):
+        for refine in (True, False):
+            expected = quantize(fmt, x, weight, refine=refine)
+            assert np.array_equal(quantize_planes(fmt, x, weight, refine=refine), expected)
+
+
+def test_the_quantiser_keeps_what_is_no_number_and_refuses_what_does_not_fit() -> None:
+    fmt, x = PLANES["P3_32"], normal("hostile", (1, 96))
+    x[0, 3], x[0, 70] = np.nan, np.inf
+    with np.errstate(all="ignore"):
+        back, expected = (dequantize_ref(fmt, f(fmt, x)) for f in (quantize_planes, quantize))
+    assert np.array_equal(back, expected, equal_nan=True)
+    assert not np.isfinite(back[0, :32]).any() and np.isfinite(back[0, 32:64]).all()
+    with pytest.raises(InputError, match=r"P3_32: float32 \[2, 48\] in groups of 32"):
+        quantize_planes(fmt, np.zeros((2, 48), np.float32))
 
 
 # --- kernels ------------------------------------------------------------------------------------
