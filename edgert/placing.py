@@ -1,5 +1,7 @@
 """The bytes of a file become the bytes of memory: repacked, copied, or put together from parts.
 
+And taken apart again, for a pack that is being made.
+
 Owns: the choice between them. Must not know where the bytes come from nor when.
 """
 
@@ -11,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.kernels_cpu.layout import matrix_bytes, repack, tile_count
-from edgert.kernels_cpu.nested import Part, move_bits
+from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
 from edgert.plan_parts import ExpertRecord
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_base", "place_expert", "place_refined", "place_rows"]
+__all__ = ["place_base", "place_expert", "place_refined", "place_rows", "split_part"]
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -52,6 +54,15 @@ def place_refined(
     """
     rest = _parts(entry, entry.base_parts(bits), raw)
     move_bits(_blocks(entry, n_rows), [Part(base, 8 - bits, bits), *rest], [Part(out, 0, 8)])
+
+
+def split_part(entry: TensorEntry, part: int, n_rows: int, tiles: _Bytes) -> _Bytes:
+    """A part, as the file is to hold it, of `n_rows` rows in `tiles` of Q8_0."""
+    bits, low = entry.part_bits[part], 8 - sum(entry.part_bits[: part + 1])
+    n_blocks = _blocks(entry, n_rows)
+    out = np.empty(part_bytes(bits, low, n_blocks), np.uint8)
+    move_bits(n_blocks, [Part(tiles, 0, 8)], [Part(out, low, bits)])
+    return out
 
 
 def _blocks(entry: TensorEntry, n_rows: int) -> int:
