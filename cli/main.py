@@ -27,6 +27,7 @@ _COMMANDS = {  # in the order of the help page; each is the attribute `command` 
     "plan": ("edgert.cli.plan", "plan", "Show where every byte of a memory budget goes."),
     "show": ("edgert.cli.show", "show", "Show what is in a model file."),
     "pack": ("edgert.cli.pack", "pack", "Make a model file ready for streaming."),
+    "quantize": ("edgert.cli.quantize", "quantize", "Give the experts of a model fewer bits."),
     "bench": ("edgert.cli.bench", "bench", "Measure prefill, decode and reading speed."),
     "perplexity": (
         "edgert.cli.perplexity",

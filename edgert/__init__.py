@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
     from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity
+    from edgert.expert_quantizing import QuantizedExperts, quantize_experts
     from edgert.expert_simulation import SIMULATED, Figure, simulate
     from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
@@ -79,6 +80,7 @@ __all__ = [
     "Perplexity",
     "Plan",
     "Prediction",
+    "QuantizedExperts",
     "Routing",
     "RunStats",
     "SamplingParams",
@@ -106,6 +108,7 @@ __all__ = [
     "perplexity",
     "plan_model",
     "profile_device",
+    "quantize_experts",
     "read_gguf",
     "read_manifest",
     "read_routing",
@@ -132,6 +135,7 @@ _LAZY = {  # public name -> module that defines it
     "Plan": "edgert.plan",
     "Prediction": "edgert.prediction",
     "Routing": "edgert.routing",
+    "QuantizedExperts": "edgert.expert_quantizing",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
@@ -151,6 +155,7 @@ _LAZY = {  # public name -> module that defines it
     "perplexity": "edgert.evaluation",
     "plan_model": "edgert.opening",
     "profile_device": "edgert.forecasting",
+    "quantize_experts": "edgert.expert_quantizing",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
     "read_routing": "edgert.routing",

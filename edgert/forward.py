@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,16 @@ class Forward:
         self._change_waits = False
         self.stats = PassStats()
         self.costs = PassCosts(_growth(plan))
+
+    @property
+    def plan(self) -> Plan:
+        """What passes run under."""
+        return self._plan
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The rows of the program, in order."""
+        return self._programs.full.names
 
     def cancel(self, ticket: Ticket) -> None:
         """End the requests with this ticket, one under way within one op; no other is touched."""
@@ -239,6 +250,40 @@ class Forward:
             return False
         self._broken = False
         return True
+
+    def walk_in_parts(
+        self,
+        tokens: Sequence[int],
+        vocabulary: int,
+        ends: Sequence[int],
+        look: Callable[[int, int], object],
+    ) -> None:
+        """Compute `tokens` in parts of the program, for those who look at what is between.
+
+        Part i ends before row `ends[i]` of the program; then `look(i, n)` may read the buffers of a
+        pass of n tokens. The sums are those of `evaluate`, and no logits are made. Only for a plan
+        that streams no matrices, whose tiles count whole passes. Raises as `evaluate` does.
+        """
+        with self.lock, self._boundary:
+            self.check_open()
+            self._check(tokens, 0, vocabulary)
+            self._ticket = None
+            self._team.arm()
+            self._cached, self._drafted = [], []
+            program = self._programs.full
+            assert not self._plan.streamed_bytes
+            for start in range(0, len(tokens), self._plan.prefill_tokens):
+                now = tokens[start : start + self._plan.prefill_tokens]
+                if self._broken:
+                    self._recover()
+                self._broken = True
+                self._set_tokens(now, start, 0)
+                for part, (first, end) in enumerate(pairwise([0, *ends])):
+                    self._team.run(program.part(first, end))
+                    self._weights.raise_if_failed()
+                    self._raise_if_cancelled()
+                    look(part, len(now))
+                self._broken = False
 
     def _check(self, tokens: Sequence[int], start: int, vocabulary: int) -> None:
         """Refuse what cannot be computed; the tokens before `start` were checked before."""

@@ -17,9 +17,10 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,8 @@ def pack_model(
     nested: str | None = None,
     refine: bool = True,
     force: bool = False,
+    formats: Mapping[str, PlaneFormat] | None = None,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Write the GGUF model `source` as the pack `out`, verify it, and return its manifest.
@@ -94,7 +97,9 @@ def pack_model(
     matrices of Q8_0 are kept, most significant first ("4+4"): the same weights, of which the first
     parts alone are a model as well. `refine=False` rounds to nearest
     instead of searching scales: half the time, for measurements. `force` replaces `out`.
-    `on_progress` gets "pack" or "verify" and bytes of data.
+    `formats`: tensor by tensor, by name, instead of `type_name`; `importance`: what the error of
+    each column of a tensor counts (`quantize_planes`). `on_progress` gets "pack" or "verify" and
+    bytes of data.
 
     Memory: under 300 MiB whatever the model. An interrupted run leaves `out`.partial, which the
     same call continues; `out` itself is whole or not there. Raises `InputError` (the output exists,
@@ -106,18 +111,24 @@ def pack_model(
     manifest = opened.manifest
     _check_output(manifest, out, force)
     needs = check_tensors(opened.spec, manifest.tensors)
-    placed, data_bytes = _placed(needs, manifest, fmt, split)
+    if formats is None:
+        wanted = [n.name for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1]
+        formats = {} if fmt is None else dict.fromkeys(wanted, fmt)
+    importance = importance or {}
+    placed, data_bytes = _placed(needs, manifest, formats, split)
     if split and not any(entry.parts for entry in placed):
         raise InputError(f"{source} has no matrix in {NESTED_FORMAT.name} that could be nested")
     n_keys, metadata = metadata_bytes(manifest.files[0])
     start = data_offset_of(len(encode_index(n_keys, metadata, placed)), data_bytes)
     index = encode_index(n_keys, metadata, [_moved(entry, start) for entry in placed])
     stamp = repr([(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in manifest.files)])
+    stamp += " ".join(f"{name} {values.tobytes().hex()}" for name, values in importance.items())
     with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
         pieces = list(_pieces(placed, manifest))
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
-            _write(writer, pieces, backend, refine, data_bytes, on_progress)
+            make = partial(_made, backend=backend, refine=refine, importance=importance)
+            _write(writer, pieces, make, data_bytes, on_progress)
         finally:
             backend.close()
         writer.finish(on_progress and (lambda done, total: on_progress("verify", done, total)))
@@ -170,7 +181,7 @@ def _check_output(manifest: Manifest, out: Path, force: bool) -> None:
 def _placed(
     needs: dict[str, TensorNeed],
     manifest: Manifest,
-    fmt: PlaneFormat | None,
+    formats: Mapping[str, PlaneFormat],
     split: tuple[int, ...],
 ) -> tuple[list[TensorEntry], int]:
     """The tensors in file order, with offsets from the start of the data, and its bytes."""
@@ -178,7 +189,7 @@ def _placed(
     at = 0
     record: list[TensorEntry] = []
     for need in needs.values():
-        entry = _target(need, manifest.tensors[need.name], fmt)
+        entry = _target(need, manifest.tensors[need.name], formats.get(need.name))
         if need.kind == "expert_matrix":
             record.append(entry)
             if len(record) == 3:
@@ -199,7 +210,7 @@ def _placed(
 def _target(need: TensorNeed, source: TensorEntry, fmt: PlaneFormat | None) -> TensorEntry:
     """What becomes of a tensor; its extent begins at 0."""
     found: QuantFormat = source.format
-    if fmt is not None and need.role in _QUANTISED and len(need.shape) > 1:
+    if fmt is not None:
         found = fmt
         if need.shape[-1] % fmt.block_size:
             raise UnsupportedError(
@@ -294,8 +305,7 @@ def _bytes_of(target: TensorEntry, rows: int, part: int | None) -> int:
 def _write(
     writer: PackWriter,
     pieces: Sequence[_Piece],
-    backend: FileBackend,
-    refine: bool,
+    make_in: Callable[[_Piece, _Bytes], _Bytes],
     data_bytes: int,
     on_progress: Progress | None,
 ) -> None:
@@ -307,7 +317,7 @@ def _write(
         if not hasattr(local, "staging"):
             room = mmap.mmap(-1, align_up(longest, PAGE) + PAGE)
             local.staging = np.frombuffer(room, np.uint8)
-        return _made(piece, backend, local.staging, refine)
+        return make_in(piece, local.staging)
 
     pool = ThreadPoolExecutor(_THREADS, "edgert-pack")
     made: deque[tuple[_Piece, Future[_Bytes]]] = deque()
@@ -334,7 +344,13 @@ def _append(writer: PackWriter, piece: _Piece, made: Future[_Bytes]) -> None:
     writer.append(made.result()[writer.position - piece.offset :].data)
 
 
-def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, refine: bool) -> _Bytes:
+def _made(
+    piece: _Piece,
+    staging: _Bytes,
+    backend: FileBackend,
+    refine: bool,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+) -> _Bytes:
     """The bytes of a piece as they go into the file."""
     source, target, columns = piece.source, piece.target, piece.source.shape[-1]
     extent = source.rows(piece.first_row, piece.first_row + piece.rows)
@@ -345,7 +361,9 @@ def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, refine: bool) ->
         return raw.copy()
     if isinstance(target.format, PlaneFormat) and target.format is not source.format:
         weights = dequantize_ref(source.format, raw).reshape(piece.rows, columns)
-        raw = quantize_planes(target.format, weights, refine=refine).reshape(-1)
+        raw = quantize_planes(
+            target.format, weights, importance.get(target.name), refine=refine
+        ).reshape(-1)
     tiles = np.empty(matrix_bytes(target.format, piece.rows, columns), np.uint8)
     repack(target.format, raw, piece.rows, columns, tiles)
     return tiles if piece.part is None else split_part(target, piece.part, piece.rows, tiles)

@@ -7,7 +7,7 @@ what follows what is models/graph.py's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +74,10 @@ class Program:
     counter_bytes: int
     kernels: tuple[Kernel, ...]  # kept alive: rows hold their addresses
     names: tuple[str, ...]  # of each row, for people
+
+    def part(self, first: int, end: int) -> Program:
+        """Rows `first` to `end` alone; the row before each must be a barrier."""
+        return replace(self, rows=self.rows[first:end], names=self.names[first:end])
 
 
 class ProgramBuilder:

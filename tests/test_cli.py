@@ -36,6 +36,7 @@ Commands:
   plan        Show where every byte of a memory budget goes.
   show        Show what is in a model file.
   pack        Make a model file ready for streaming.
+  quantize    Give the experts of a model fewer bits.
   bench       Measure prefill, decode and reading speed.
   perplexity  Measure how well models predict a text.
   stress      Run under real memory limits and compare.
