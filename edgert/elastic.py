@@ -208,5 +208,5 @@ def _plan(opened: Plan, need: Need, order: Sequence[int], kept: _Kept) -> Plan:
         expert_slots=kept.expert_slots, staging_buffers=buffers,
         embedding_resident=kept.embedding,
         resident_bytes=opened.resident_bytes + sum(new[n] - regions[n].nbytes for n in weights),
-        streamed_bytes=sum(t.extent.nbytes for t in tiles if t.stream_index >= 0),
+        streamed_bytes=sum(t.read_bytes for t in tiles if t.stream_index >= 0),
     )  # fmt: skip

@@ -20,7 +20,7 @@ from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.kernels_cpu.program import Matrix, Program, ProgramBuilder, Rows, Segment
 from edgert.machine import default_threads
-from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
+from edgert.quant.formats import BY_NAME, FORMATS, PlaneFormat, QuantFormat
 from edgert.quant.planes import quantize
 from edgert.quant.quantize import quantize_ref
 from edgert.threads import ThreadTeam
@@ -35,7 +35,6 @@ BATCHES = (1, 4, 8)
 GEMM_TOKENS = 512
 REPACK_ROWS = 1024
 _CACHE_REPEATS = 64
-_FORMATS: dict[str, QuantFormat] = BY_NAME | PLANES
 
 
 def bench_kernels(
@@ -52,15 +51,15 @@ def bench_kernels(
     """
     names = list(BY_NAME if formats is None else formats)
     for name in names:
-        if name not in _FORMATS:
-            raise InputError(f"{name} is no number format; there are {' '.join(_FORMATS)}")
+        if name not in FORMATS:
+            raise InputError(f"{name} is no number format; there are {' '.join(FORMATS)}")
     harness = Harness(default_threads() if threads is None else threads)
     try:
         bench = Matrices(harness.team, harness.alone, harness.arena)
         for number, name in enumerate(names):
             if on_progress:
                 on_progress(name, number, len(names))
-            fmt = _FORMATS[name]
+            fmt = FORMATS[name]
             bench.fill(fmt)
             cases = bench.cases(fmt)
             yield from harness.measure(name, "matmul", cases, bench.result, trials)

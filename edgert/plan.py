@@ -289,7 +289,7 @@ def _plan(
     tiles = _numbered(need.tiles, kept.resident)
     buffers = shape.readers * (2 if need.experts and kept.slots else 1)
     in_memory = sum(t.nbytes for t in tiles if t.stream_index < 0)
-    streamed = sum(t.extent.nbytes for t in tiles if t.stream_index >= 0)
+    streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
     experts = kept.expert_slots * need.expert_slot_bytes
     embedding = need.embedding_bytes if kept.embedding else 0
     regions = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 
 from edgert.errors import UnsupportedError
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
@@ -19,8 +19,9 @@ from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
-from edgert.storage.backend import ALIGNMENT, aligned_range
+from edgert.storage.backend import ALIGNMENT
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
@@ -44,16 +45,21 @@ class TilePlan:
     first_row: int
     rows: int
     nbytes: int  # in memory, in kernel layout
-    extent: Extent  # in the file
+    extents: tuple[Extent, ...]  # in the file: one, or one for each part of a nested matrix
     is_head: bool
     stream_index: int = -1  # position in the cycle of streamed tiles; -1 is resident
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read for it."""
+        return sum(e.nbytes for e in self.extents)
 
     def streamed_as(self, index: int) -> TilePlan:
         """The same tile at a place of the cycle. (`dataclasses.replace` takes five times as long,
         and a plan of an 8B model has up to 30,000 tiles.)
         """
         return TilePlan(
-            self.tensor, self.first_row, self.rows, self.nbytes, self.extent, self.is_head, index
+            self.tensor, self.first_row, self.rows, self.nbytes, self.extents, self.is_head, index
         )
 
 
@@ -133,7 +139,7 @@ def need_of(
     if spec.tie_word_embeddings:
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
     experts = _records(spec, needs, manifest)
-    parts = [aligned_range(t.extent, ALIGNMENT)[1] for t in tiles]
+    parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
     raw = [sum(p.nbytes for p in expert_parts(r, manifest, 0)) for r in experts]
     staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
@@ -181,8 +187,9 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     rows, columns = entry.shape
     group = tile_bytes(entry.format, columns)
     count = max(1, size // group)
-    if entry.layout == "tiles":  # of whole pages, so that nothing is read twice
-        even = ALIGNMENT // gcd(ALIGNMENT, group)
+    if entry.layout != "rows":  # of whole pages, so that nothing is read twice
+        each = [e.nbytes for e in entry.extents(0, min(TILE_ROWS, rows))]
+        even = lcm(*(ALIGNMENT // gcd(ALIGNMENT, nbytes) for nbytes in each))
         count = max(even, count // even * even)
     step = TILE_ROWS * count
     nbytes = matrix_bytes(entry.format, step, columns)
@@ -194,7 +201,7 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
             nbytes=nbytes
             if first + step <= rows
             else matrix_bytes(entry.format, rows - first, columns),
-            extent=entry.rows(first, min(first + step, rows)),
+            extents=entry.extents(first, min(first + step, rows)),
             is_head=is_head,
         )
         for first in range(0, rows, step)

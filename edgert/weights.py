@@ -136,14 +136,14 @@ class Weights:
         def take() -> tuple[Sequence[Extent], TilePlan] | None:
             with team.lock:
                 tile = None if team.stopping else next(left, None)
-            return None if tile is None else ((tile.extent,), tile)
+            return None if tile is None else (tile.extents, tile)
 
         def place(tile: TilePlan, raw: list[_Bytes]) -> None:
             at = self._offsets[tile.tensor, tile.first_row]
-            self._place_tile(tile, raw[0], self._resident[at:])
-            placed.put(tile.extent.nbytes)
+            self._place_tile(tile, raw, self._resident[at:])
+            placed.put(tile.read_bytes)
 
-        total, done, count = sum(t.extent.nbytes for t in tiles), 0, 0
+        total, done, count = sum(t.read_bytes for t in tiles), 0, 0
         try:
             team.start_pipeline(take, place)
             while count < len(tiles) and not team.failed[0]:
@@ -189,10 +189,10 @@ class Weights:
             if progress:
                 progress(at + part.nbytes, extent.nbytes)
 
-    def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
+    def _place_tile(self, tile: TilePlan, raw: Sequence[_Bytes], out: _Bytes) -> None:
         entry = self._manifest.tensors[tile.tensor]
         name = "place resident" if tile.stream_index < 0 else "place tile"
-        at = place_in_file(tile.extent.file_index, tile.extent.offset)
+        at = place_in_file(tile.extents[0].file_index, tile.extents[0].offset)
         with self._span(name, at, tile.nbytes):
             place_rows(entry, tile.rows, raw, out[: tile.nbytes])
 
@@ -216,10 +216,10 @@ class Weights:
             return None
         return Streamer(
             self._backend,
-            [Tile(t.stream_index, (t.extent,), t.nbytes) for t in streamed],
+            [Tile(t.stream_index, t.extents, t.nbytes) for t in streamed],
             Window(self._window[: plan.slots * plan.slot_bytes], plan.slot_bytes),
             self._ring_staging,
-            lambda tile, raw, slot: self._place_tile(streamed[tile.index], raw[0], slot),
+            lambda tile, raw, slot: self._place_tile(streamed[tile.index], raw, slot),
         )
 
     def _slots_of(self, plan: Plan) -> Window:
