@@ -41,6 +41,7 @@ class Segment:
     tiles: int
     address: int
     stream_index: int = -1
+    format: QuantFormat | None = None  # of these tiles, where it is not the matrix's
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,9 @@ class ProgramBuilder:
 
         `index` is the address of 0, 1, 2, ... as int64, as long as tokens there can be.
         """
-        kernel = matmul_kernel(matrix.format)
         first = 0
         for segment in matrix.segments:
+            kernel = matmul_kernel(segment.format or matrix.format)
             row = self._row(rows.MATMUL, kernel, matrix.name)
             row[rows.UNITS] = segment.tiles
             row[rows.CHUNK] = CHUNK_MAX
