@@ -19,6 +19,7 @@ from edgert.cli.answer import Answer, answer
 from edgert.cli.options import (
     ModelOptions,
     debug_options,
+    draft_option,
     json_option,
     load_options,
     sampling_options,
@@ -81,7 +82,8 @@ def _prompt_options(function: Any) -> Any:
 
 def _shared(function: Any) -> Any:
     for decorate in (
-        debug_options, json_option, trace_option, sampling_options, _prompt_options, load_options
+        debug_options, json_option, trace_option, sampling_options, _prompt_options, draft_option,
+        load_options,
     ):  # fmt: skip
         function = decorate(function)
     return function

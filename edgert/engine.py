@@ -18,6 +18,7 @@ from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
 from edgert.device_profile import load_profile, note_drift
+from edgert.draft_model import DraftModel
 from edgert.elastic_arena import ElasticArena, arena_bytes
 from edgert.errors import EdgertError, InputError
 from edgert.expert_control import ExpertControl
@@ -66,6 +67,7 @@ class Engine:
         backend: Backend,
         on_progress: Progress | None = None,
         timeline: Timeline | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.spec = opened.spec
         self.plan = plan
@@ -88,6 +90,9 @@ class Engine:
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
+        self._draft_model = draft_model
+        if draft_model is not None:
+            self._held.append(draft_model.close)
         try:
             self._elastic = ElasticArena(plan, need)
             self._arena = self._elastic.arena
@@ -272,11 +277,13 @@ class Engine:
 
     def drafters(self, sampler: Sampler, ticket: Ticket) -> list[Drafter]:
         """Who guesses, beside the prompt lookup, in a generation with this sampler."""
-        if not self.plan.can_draft:
-            return []
-        acceptance = self.acceptance[sampler.is_greedy]
-        ends = self.tokenizer.eos_ids
-        return [SelfDrafter(self.forward, self.vocab_size, sampler, ends, acceptance, ticket)]
+        ends, found = self.tokenizer.eos_ids, list[Drafter]()
+        if self.plan.can_draft:
+            learnt = self.acceptance[sampler.is_greedy]
+            found += [SelfDrafter(self.forward, self.vocab_size, sampler, ends, learnt, ticket)]
+        if self._draft_model is not None:
+            found += [self._draft_model.drafter(sampler, ends, ticket)]
+        return found
 
     # ---- text ----------------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ columns its inputs are large in:
     cost(tensor, format) = share(layer) * sum_e n_e sum_col x2[col] (w - w')^2
                                         / sum_e n_e sum_col x2[col] w^2
 
-share = mean square of what the experts add over that of x after it, n_e = uses of expert e and one,
-x2 = mean square of the tensor's input.
+n_e = uses of expert e and one, x2 = mean square of the tensor's input, share = that of what the
+experts add in the mean square of the residual stream: geometric mean of the stream behind the layer
+and behind the last. On the bundled model (experts at 2.75 bits, perplexity of 8,160 tokens of
+TinyStories, 6.99 in Q8_0) that gave 7.30, the first alone 7.38, the second 7.53, neither 7.42.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ def observe(engine: Engine, chunks: Sequence[Sequence[int]]) -> ExpertActivity:
         engine.experts.observe(chunk, add)
     tokens = sum(map(len, chunks))
     inner /= tokens * spec.num_experts_per_tok
-    return ExpertActivity(uses, into / tokens, inner, added / np.maximum(after, 1e-300))
+    share = added / np.sqrt(np.maximum(after * after[-1], 1e-300))
+    return ExpertActivity(uses, into / tokens, inner, share)
 
 
 def measure_options(

@@ -104,6 +104,7 @@ def load(
     threads: int | None = None,
     kv_cache_type: str = "f16",
     prefill_tokens: int | None = None,
+    draft_model: str | Path | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
     timeline: Timeline | None = None,
@@ -114,7 +115,9 @@ def load(
     the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:
     tokens of prompt and answer; `threads`: by default the cores this process may use;
     `kv_cache_type`: "f16" or "f32"; `prefill_tokens`: most tokens of one pass. None lets the plan
-    choose. `on_progress(what, done, to_do)` is called while compiling and loading.
+    choose. `draft_model`: a smaller model with the same vocabulary, whose guesses this verifies;
+    inside the same budget, and in memory as a whole. `on_progress(what, done, to_do)` is called
+    while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
     `timeline` records what the engine does.
 
@@ -134,17 +137,28 @@ def load(
     from edgert.storage.backend import FileBackend
     from edgert.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
-    opened = opened.without_vocabulary()
-    for _ in compile_here(wanted):
-        pass
-    plan = make_plan(opened, options, process_bytes(opened, measured=True))
-    manifest = opened.manifest
-    if backend is None:
-        files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
-    else:
-        files = backend(manifest.files)
-    return Engine(opened, tokenizer, plan, files, on_progress, timeline)
+    draft = None
+    if draft_model is not None:
+        from edgert.draft_model import open_draft_model
+
+        budget = _bytes_of(memory_budget)
+        draft = open_draft_model(draft_model, opened, budget, threads, context_length)
+    try:
+        tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
+        opened = opened.without_vocabulary()
+        for _ in compile_here(wanted):
+            pass
+        plan = make_plan(opened, options, process_bytes(opened, measured=True))
+        manifest = opened.manifest
+        if backend is None:
+            files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
+        else:
+            files = backend(manifest.files)
+        return Engine(opened, tokenizer, plan, files, on_progress, timeline, draft)
+    except BaseException:
+        if draft is not None:
+            draft.close()
+        raise
 
 
 def _bytes_of(budget: int | str | None) -> int | None:
