@@ -21,7 +21,7 @@ from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.kernels_cpu.program import Matrix, Program, ProgramBuilder, Rows, Segment
 from edgert.machine import default_threads
 from edgert.quant.formats import BY_NAME, FORMATS, PlaneFormat, QuantFormat
-from edgert.quant.planes import quantize
+from edgert.quant.planes import quantize_planes_ref
 from edgert.quant.quantize import quantize_ref
 from edgert.threads import ThreadTeam
 from edgert.units import KIB, MIB
@@ -152,5 +152,5 @@ class Matrices:
 def _quantized(fmt: QuantFormat, w: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Rows of `w` as a file stores them; any error of rounding will do."""
     if isinstance(fmt, PlaneFormat):
-        return quantize(fmt, w, refine=False)
+        return quantize_planes_ref(fmt, w, refine=False)
     return quantize_ref(fmt, w)

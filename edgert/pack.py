@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +126,10 @@ def pack_model(
         pieces = list(_pieces(placed, manifest))
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
-            make = partial(_made, backend=backend, refine=refine, importance=importance)
+
+            def make(piece: _Piece, staging: _Bytes) -> _Bytes:
+                return _made(piece, staging, backend, refine, importance)
+
             _write(writer, pieces, make, data_bytes, on_progress)
         finally:
             backend.close()

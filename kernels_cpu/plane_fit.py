@@ -1,7 +1,8 @@
 """Making plane formats: the scale and offset of each group by least squares, and its packed codes.
 
-Same bytes as quant/planes.quantize, its slow twin, which has the formulas and says why they are
-so. A group of 32 or 128 weights is 2 or 8 vectors; nothing leaves the first-level cache.
+Same bytes as `quantize_planes_ref` of quant/planes.py, its slow twin, which has the formulas and
+says why they are so. A group of 32 or 128 weights is 2 or 8 vectors; nothing leaves the first-level
+cache.
 
 Owns: that arithmetic. Must not know: files, threads.
 """
@@ -64,7 +65,7 @@ _st_i8x16 = storer(vec("i8", 16))
 def quantize_planes(
     fmt: PlaneFormat, x: Array, importance: Array | None = None, *, refine: bool = True
 ) -> Array:
-    """As `quant.planes.quantize`: float32 [..., n] -> uint8 [..., fmt.row_bytes(n)], same bytes.
+    """As `quantize_planes_ref`, to the byte: float32 [..., n] -> uint8 [..., fmt.row_bytes(n)].
 
     Runs without the GIL. Raises InputError when the shapes do not fit.
     """
@@ -72,7 +73,7 @@ def quantize_planes(
     n = x.shape[-1]
     x = np.ascontiguousarray(x)
     out = np.empty((*x.shape[:-1], fmt.row_bytes(n)), np.uint8)
-    _plane_fit_kernel(
+    _quantize_planes_kernel(
         x.ctypes.data, weight.ctypes.data, out.ctypes.data, x.size // fmt.block_size,
         n // fmt.block_size, fmt.block_size, fmt.bits, int(refine),
     )  # fmt: skip
@@ -142,7 +143,7 @@ def pack_codes(codes: int, numbers: int, group: int, bits: int, out: int) -> Non
 
 
 @kernel(void("iiiiiiii"))
-def _plane_fit_kernel(
+def _quantize_planes_kernel(
     x: int, weight: int, out: int, groups: int, in_row: int, group: int, bits: int, refine: int
 ) -> None:
     """`groups` groups of `group` float32 at x, rows of `in_row` groups, to blocks at `out`."""

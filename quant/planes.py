@@ -2,8 +2,8 @@
 
     w = d * q + m,   q in 0..2^bits - 1,   d and m float16, one pair for a group of weights
 
-`quantize` makes one record of a matrix, `quantize_stack` several that are added: each quantises
-what the ones before left over. A stack of one-bit formats is the greedy binary coding
+`quantize_planes_ref` makes one record of a matrix, `quantize_stack` several that are added: each
+quantises what the ones before left over. A stack of one-bit formats is the greedy binary coding
 w = m + sum_b alpha_b * (+-1) of LUT-GEMM (arXiv 2206.09557) and BitStack (arXiv 2410.23918), with
 d = 2 alpha and m = -alpha; (P3, P1) is a 3-bit matrix with a fourth plane that may stay away.
 So one record form serves both, and a stack is computed by kernels that add to their result.
@@ -26,7 +26,7 @@ from edgert.quant.formats import PlaneFormat
 from edgert.quant.packing import Array, pack
 from edgert.quant.reference import dequantize_ref
 
-__all__ = ["ROUNDS", "SPANS", "column_weights", "dequantize_stack_ref", "quantize",
+__all__ = ["ROUNDS", "SPANS", "column_weights", "dequantize_stack_ref", "quantize_planes_ref",
            "quantize_stack"]  # fmt: skip
 
 # Shares of a group's range that the codes may span at first: the fewer the codes, the more it
@@ -37,7 +37,7 @@ ROUNDS = 8  # of least squares and rounding in turn; most groups no longer chang
 _AT_ONCE = 1 << 20  # weights in flight, so that temporaries stay below 100 MB
 
 
-def quantize(
+def quantize_planes_ref(
     fmt: PlaneFormat, x: Array, importance: Array | None = None, *, refine: bool = True
 ) -> Array:
     """The bytes that store `x` in `fmt`, with the least (weighted) square error that was found.
@@ -60,11 +60,11 @@ def quantize(
 def quantize_stack(
     formats: Sequence[PlaneFormat], x: Array, importance: Array | None = None
 ) -> list[Array]:
-    """One `quantize` for each format, of what the ones before it left of `x`."""
+    """One `quantize_planes_ref` for each format, of what the ones before it left of `x`."""
     stack: list[Array] = []
     left = x
     for fmt in formats:
-        stack.append(quantize(fmt, left, importance))
+        stack.append(quantize_planes_ref(fmt, left, importance))
         left = left - dequantize_ref(fmt, stack[-1])
     return stack
 
@@ -97,7 +97,7 @@ def column_weights(fmt: PlaneFormat, x: Array, importance: Array | None) -> Arra
 
 
 def _quantize_rows(fmt: PlaneFormat, x: Array, weight: Array, refine: bool) -> Array:
-    """`quantize` for x [rows, n] and weights of its columns [n]."""
+    """`quantize_planes_ref` for x [rows, n] and weights of its columns [n]."""
     groups = x.reshape(-1, fmt.block_size)
     weight = np.tile(weight.reshape(-1, fmt.block_size), (len(x), 1))
     levels = np.float32(2**fmt.bits - 1)

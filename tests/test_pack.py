@@ -15,7 +15,7 @@ import edgert
 from edgert import EdgertError, FormatError, InputError, UnsupportedError
 from edgert.kernels_cpu import layout
 from edgert.quant.formats import BY_NAME, PLANES
-from edgert.quant.planes import quantize
+from edgert.quant.planes import quantize_planes_ref as quantize
 from edgert.storage import pack, pack_writer
 from edgert.storage.gguf import metadata_bytes
 from tests.command import assert_error, inside
