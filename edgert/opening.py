@@ -52,7 +52,9 @@ class Opened:
 
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
-        formats: set[QuantFormat] = {t.format for t in self.manifest.tensors.values() if len(t.shape) > 1}
+        formats: set[QuantFormat] = {
+            t.format for t in self.manifest.tensors.values() if len(t.shape) > 1
+        }
         formats |= {BASES[b] for t in self.manifest.tensors.values() for b in t.base_bits}
         names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
         return KernelSet(names, kv_cache_type, self.spec.is_moe)
