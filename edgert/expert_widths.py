@@ -38,6 +38,7 @@ from edgert.storage.manifest import Manifest, TensorEntry
 __all__ = ["Choice", "ExpertActivity", "Option", "choose_widths", "measure_options", "observe"]
 
 _PARTS = ("gate", "up", "down")
+_TOKENS_AT_ONCE = 16
 _SAMPLED_ROWS = 32  # of each expert's matrix, to measure errors on
 
 _F64 = npt.NDArray[np.float64]
@@ -88,15 +89,17 @@ def observe(engine: Engine, chunks: Sequence[Sequence[int]]) -> ExpertActivity:
     def add(look: ExpertLook) -> None:
         at = look.layer
         uses[at] += np.bincount(look.ids.reshape(-1), minlength=spec.num_experts)
-        x = look.x.astype(np.float64)
-        scale = np.square(x).mean(1, keepdims=True) + eps
-        into[at] += (np.square(x) / scale).sum(0) * np.square(norms[at])
-        gate = look.gate.astype(np.float64)
-        act = gate / (1 + np.exp(-np.clip(gate, -500, None))) * look.up
-        inner[at] += np.square(act).sum((0, 1))
-        out = np.einsum("tk,tkh->th", look.weights, look.out)
-        added[at] += np.square(out).sum()
-        after[at] += np.square(x + out).sum()
+        for first in range(0, len(look.x), _TOKENS_AT_ONCE):  # small temporaries: not in the plan
+            few = slice(first, first + _TOKENS_AT_ONCE)
+            x, gate = look.x[few], look.gate[few]
+            squares = np.square(x)
+            scale = squares.mean(1, keepdims=True) + np.float32(eps)
+            into[at] += (squares / scale).sum(0) * np.square(norms[at])
+            act = gate / (1 + np.exp(-np.maximum(gate, np.float32(-80)))) * look.up[few]
+            inner[at] += np.square(act).sum((0, 1))
+            out = (look.weights[few][:, None, :] @ look.out[few])[:, 0]
+            added[at] += np.square(out).sum()
+            after[at] += np.square(x + out).sum()
 
     for chunk in chunks:
         engine.experts.observe(chunk, add)
