@@ -76,7 +76,8 @@ def verify_pack(path: str | Path, on_progress: Progress | None = None) -> Manife
 def _refuse(manifest: Manifest, start: int) -> None:
     stop = start + CHUNK_BYTES
     places = ((t, extent) for t in manifest.tensors.values() for extent in t.parts or (t.extent,))
-    names = [t.name for t, extent in places if _touches(t, extent, start, stop)]
+    touched = (t.name for t, extent in places if _touches(t, extent, start, stop))
+    names = list(dict.fromkeys(touched))
     what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise FormatError(
         manifest.files[0],
