@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from edgert.cli.options import (
     ModelOptions,
     debug_options,
+    draft_option,
     json_option,
     load_options,
     trace_option,
@@ -45,6 +46,7 @@ def _model_was_typed() -> bool:
 
 @click.command()
 @load_options
+@draft_option
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),

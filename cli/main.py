@@ -27,7 +27,13 @@ _COMMANDS = {  # in the order of the help page; each is the attribute `command` 
     "plan": ("edgert.cli.plan", "plan", "Show where every byte of a memory budget goes."),
     "show": ("edgert.cli.show", "show", "Show what is in a model file."),
     "pack": ("edgert.cli.pack", "pack", "Make a model file ready for streaming."),
+    "quantize": ("edgert.cli.quantize", "quantize", "Give the experts of a model fewer bits."),
     "bench": ("edgert.cli.bench", "bench", "Measure prefill, decode and reading speed."),
+    "perplexity": (
+        "edgert.cli.perplexity",
+        "perplexity",
+        "Measure how well models predict a text.",
+    ),
     "stress": ("edgert.cli.stress", "stress", "Run under real memory limits and compare."),
     "trace": ("edgert.cli.trace", "trace", "Record which experts a run chooses."),
     "simulate": ("edgert.cli.simulate", "simulate", "Replay that with other caches."),

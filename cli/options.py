@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,6 +31,7 @@ __all__ = [
     "ModelOptions",
     "SAMPLING",
     "debug_options",
+    "draft_option",
     "json_option",
     "load_options",
     "load_options_without_budget",
@@ -99,6 +100,7 @@ class ModelOptions:
     context_length: int | None = None
     threads: int | None = None
     kv_cache_type: str = "f16"
+    draft_model: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -144,7 +146,8 @@ class ModelOptions:
         def show(what: str, done: int, total: int) -> None:
             progress.update(done, total, what)
 
-        return edgert.load(self.path, on_progress=show, **self.for_plan(), **more)
+        more = {"draft_model": self.draft_model, **self.for_plan(), **more}
+        return edgert.load(self.path, on_progress=show, **more)
 
 
 def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> Budget | None:
@@ -304,6 +307,25 @@ def load_options_without_budget(function: F) -> F:
         model_argument,
     ):
         decorated = option(decorated)
+    return cast(F, decorated)
+
+
+def draft_option(function: F) -> F:
+    """Add --draft-model, below `load_options`: it becomes part of `options`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, options: ModelOptions, draft_model: Path | None, **kwargs: Any) -> Any:
+        return function(*args, options=replace(options, draft_model=draft_model), **kwargs)
+
+    decorated = _option(
+        "-md",
+        "--draft-model",
+        "--model-draft",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A smaller model with the same vocabulary that guesses tokens, where that is faster; "
+        "the same tokens either way. It is in memory as a whole, inside the same budget.",
+    )(wrapper)
     return cast(F, decorated)
 
 

@@ -32,10 +32,20 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
     help="keep: the same weights to the bit. P3_128: attention and feed-forward matrices in 3 "
     "bits with a scale for 128 weights, and so on: smaller, and lossy.",
 )
-@click.option("--nearest", is_flag=True, help="Round to nearest: 12 times as fast, less exact.")
+@click.option(
+    "--nested",
+    is_flag=False,
+    flag_value="4+4",
+    metavar="BITS",
+    help="Keep matrices of Q8_0 in parts of these bits, most significant first; without BITS 4+4. "
+    "The same weights to the bit; the first parts alone guess tokens while the rest is streamed.",
+)
+@click.option("--nearest", is_flag=True, help="Round to nearest: half the time, less exact.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @debug_options
-def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bool) -> None:
+def pack(
+    model: Path | None, out: Path, type_name: str, nested: str | None, nearest: bool, force: bool
+) -> None:
     """Turn a GGUF model into an .edgert file.
 
     Every command takes it in place of the model. Its weights lie as they are used, so that
@@ -47,7 +57,7 @@ def pack(model: Path | None, out: Path, type_name: str, nearest: bool, force: bo
     begin = time.perf_counter()
     with Progress() as progress:
         manifest = edgert.pack_model(
-            source, out, type_name=type_name, refine=not nearest, force=force,
+            source, out, type_name=type_name, nested=nested, refine=not nearest, force=force,
             on_progress=lambda what, done, total: progress.update(done, total, what),
         )  # fmt: skip
     nbytes = manifest.file_bytes[0]

@@ -19,6 +19,7 @@ from edgert.cli.answer import Answer, answer
 from edgert.cli.options import (
     ModelOptions,
     debug_options,
+    draft_option,
     json_option,
     load_options,
     sampling_options,
@@ -26,6 +27,7 @@ from edgert.cli.options import (
 )
 from edgert.cli.progress import Progress
 from edgert.cli.report import note, print_json, stats_line
+from edgert.cli.text_file import read_text, valid_text, without_last_newline
 from edgert.cli.timeline import recorded
 
 __all__ = ["chat", "run"]
@@ -80,7 +82,8 @@ def _prompt_options(function: Any) -> Any:
 
 def _shared(function: Any) -> Any:
     for decorate in (
-        debug_options, json_option, trace_option, sampling_options, _prompt_options, load_options
+        debug_options, json_option, trace_option, sampling_options, _prompt_options, draft_option,
+        load_options,
     ):  # fmt: skip
         function = decorate(function)
     return function
@@ -197,30 +200,12 @@ def _read_prompt(request: _Request) -> str | None:
     if request.prompt is not None and request.file is not None:
         raise click.UsageError("give the prompt with -p or with -f, not both")
     if request.prompt is not None:
-        return _valid(request.prompt.encode("utf-8", "surrogateescape"), "the prompt")
+        return valid_text(request.prompt.encode("utf-8", "surrogateescape"), "the prompt")
     if request.file is not None and str(request.file) != "-":
-        try:
-            data = request.file.read_bytes()
-        except OSError as error:
-            raise InputError(f"{request.file} cannot be read: {error.strerror}") from None
-        return _without_last_newline(_valid(data, str(request.file)))
+        return without_last_newline(read_text(request.file))
     if request.file is None and sys.stdin.isatty():
         return None
-    text = _without_last_newline(_valid(sys.stdin.buffer.read(), "stdin"))
+    text = without_last_newline(valid_text(sys.stdin.buffer.read(), "stdin"))
     if not text:
         raise InputError("there is no prompt: stdin is empty; give one with -p")
     return text
-
-
-def _valid(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start:,}"
-        ) from None
-
-
-def _without_last_newline(text: str) -> str:
-    """The text without the newline that editors and `echo` add at the end."""
-    return text.removesuffix("\n").removesuffix("\r")

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity
+    from edgert.expert_quantizing import QuantizedExperts, quantize_experts
     from edgert.expert_simulation import SIMULATED, Figure, simulate
     from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from edgert.tokenizer import Tokenizer
 
 __all__ = [
+    "CHUNK_TOKENS",
     "SIMULATED",
     "BudgetError",
     "BudgetExceededError",
@@ -74,8 +77,10 @@ __all__ = [
     "Manifest",
     "MemoryReport",
     "ModelError",
+    "Perplexity",
     "Plan",
     "Prediction",
+    "QuantizedExperts",
     "Routing",
     "RunStats",
     "SamplingParams",
@@ -90,6 +95,7 @@ __all__ = [
     "bench_attention",
     "bench_kernels",
     "bundled_model",
+    "bundled_text",
     "diagnose",
     "follow_pressure",
     "forecast",
@@ -99,8 +105,10 @@ __all__ = [
     "logits_hash",
     "pack_model",
     "parse_bytes",
+    "perplexity",
     "plan_model",
     "profile_device",
+    "quantize_experts",
     "read_gguf",
     "read_manifest",
     "read_routing",
@@ -113,6 +121,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {  # public name -> module that defines it
+    "CHUNK_TOKENS": "edgert.evaluation",
     "SIMULATED": "edgert.expert_simulation",
     "Completion": "edgert.results",
     "DeviceProfile": "edgert.device_profile",
@@ -122,9 +131,11 @@ _LAZY = {  # public name -> module that defines it
     "KernelFigures": "edgert.bench_harness",
     "Manifest": "edgert.storage.manifest",
     "MemoryReport": "edgert.results",
+    "Perplexity": "edgert.evaluation",
     "Plan": "edgert.plan",
     "Prediction": "edgert.prediction",
     "Routing": "edgert.routing",
+    "QuantizedExperts": "edgert.expert_quantizing",
     "RunStats": "edgert.results",
     "SamplingParams": "edgert.config",
     "Session": "edgert.session",
@@ -133,6 +144,7 @@ _LAZY = {  # public name -> module that defines it
     "Tokenizer": "edgert.tokenizer",
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
+    "bundled_text": "edgert.evaluation",
     "diagnose": "edgert.diagnosis",
     "follow_pressure": "edgert.pressure",
     "forecast": "edgert.forecasting",
@@ -140,8 +152,10 @@ _LAZY = {  # public name -> module that defines it
     "load": "edgert.opening",
     "logits_hash": "edgert.results",
     "pack_model": "edgert.pack",
+    "perplexity": "edgert.evaluation",
     "plan_model": "edgert.opening",
     "profile_device": "edgert.forecasting",
+    "quantize_experts": "edgert.expert_quantizing",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
     "read_routing": "edgert.routing",

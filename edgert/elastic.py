@@ -11,6 +11,9 @@ The order in which tiles go is fixed when the model is opened, and it is also th
 resident tiles are always the first ones of it. So a smaller budget's tiles are among those of a
 larger one, no tile ever moves, and what is given back is one piece at the end. (Tiles in between
 would share huge pages with their neighbours: the kernel gives those back only when it must.)
+
+What lies there are units: a tile, or its base. Bases come first and leave last; a tile of which
+only the base was kept becomes resident as a second copy.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from dataclasses import dataclass, replace
 
 from edgert.errors import BudgetError
 from edgert.plan import Plan, Region
-from edgert.plan_parts import Need, TilePlan
+from edgert.plan_parts import Need, TilePlan, resident_why
 
-__all__ = ["Rooms", "elastic_bytes", "leaving_order", "resized", "rooms_of"]
+__all__ = ["Rooms", "Unit", "elastic_bytes", "leaving_order", "resized", "rooms_of", "units_of"]
 
 _RING_SLOTS = 12  # when the model was opened without a ring; the most any plan takes
 _RING_LEAST = 4
@@ -46,10 +49,19 @@ class Rooms:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """What stays in memory: the first `tiles` tiles, the ring, experts, the token table."""
+class Unit:
+    """A piece of the resident region: a tile of the plan, or its base."""
 
-    tiles: int
+    tile: int
+    nbytes: int
+    is_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What stays in memory: the first `units` units, the ring, experts, the token table."""
+
+    units: int
     slots: int
     expert_slots: int
     embedding: bool
@@ -58,7 +70,7 @@ class _Kept:
 def rooms_of(opened: Plan, need: Need) -> Rooms:
     """The addresses to keep for an engine opened with this plan, to follow any budget."""
     return Rooms(
-        resident=need.tile_bytes,
+        resident=sum(unit.nbytes for unit in units_of(opened)),
         embedding=need.embedding_bytes,
         window=_ring_slots(opened) * need.slot_bytes,
         experts=need.expert_count * need.expert_slot_bytes,
@@ -79,6 +91,12 @@ def _ring_slots(opened: Plan) -> int:
     if 0 < opened.slots < streamed - 1:  # else it was cut short by the number of tiles
         return opened.slots
     return max(min(_RING_SLOTS, len(opened.tiles) - 1), 2)
+
+
+def units_of(opened: Plan) -> tuple[Unit, ...]:
+    """The units of a plan in the order of memory: bases in the order of the pass, then tiles."""
+    bases = [Unit(i, t.base.nbytes, True) for i, t in enumerate(opened.tiles) if t.base]
+    return (*bases, *(Unit(i, opened.tiles[i].nbytes) for i in leaving_order(opened)))
 
 
 def leaving_order(opened: Plan) -> tuple[int, ...]:
@@ -130,10 +148,9 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     opened = replace(opened, regions=(process, *opened.regions[1:]))
     reading = opened.reader_threads * opened.staging_bytes
     fixed = opened.total_bytes - sum(elastic_bytes(opened).values())
-    order = leaving_order(opened)
-    sizes = [opened.tiles[i].nbytes for i in order]
-    kept = _keep(need, sizes, budget - fixed, reading, _ring_slots(opened))
-    plan = _plan(opened, need, order, kept)
+    units = units_of(opened)
+    kept = _keep(need, units, budget - fixed, reading, _ring_slots(opened))
+    plan = _plan(opened, need, units, kept)
     if plan.total_bytes > budget:
         raise BudgetError(
             budget, plan.total_bytes, replace(plan, budget_bytes=budget).table(),
@@ -142,26 +159,27 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     return replace(plan, budget_bytes=budget)
 
 
-def _keep(need: Need, sizes: Sequence[int], room: int, reading: int, ring: int) -> _Kept:
-    """What stays in `room` bytes: tiles first, then experts, then the token table; or the least."""
+def _keep(need: Need, units: Sequence[Unit], room: int, reading: int, ring: int) -> _Kept:
+    """What stays in `room` bytes: weights, then experts, then the token table; or the least."""
     record = need.expert_slot_bytes
     least = min(need.expert_count, need.experts_per_token)
     left = room - least * record
-    tiles, slots = len(sizes), 0
+    sizes = [unit.nbytes for unit in units]
+    count, slots, n_bases = len(sizes), 0, sum(unit.is_base for unit in units)
     ring = min(ring, max(_RING_LEAST, left // _RING_SHARE // need.slot_bytes))
     streaming = ring * need.slot_bytes + (reading if need.experts else 0)
     smallest = min(streaming, sum(sizes))  # of the two ways to hold the tiles
     if sum(sizes) > left and len(sizes) >= 3 and (streaming <= left or smallest == streaming):
-        tiles = _prefix(sizes, left - streaming)
-        tiles = min(tiles, len(sizes) - 3)  # no ring turns with fewer tiles
-        slots = min(ring, len(sizes) - tiles - 1)
+        count = _prefix(sizes, left - streaming)
+        count = min(count, len(sizes) - 3)  # no ring turns with fewer tiles
+        slots = min(ring, len(sizes) - max(count, n_bases) - 1)
         left -= streaming
-    left -= sum(sizes[:tiles])
+    left -= sum(sizes[:count])
     more = max(left, 0) // record if record else 0
     expert_slots = min(need.expert_count, least + more)
     left -= (expert_slots - least) * record
     whole = slots == 0 and expert_slots == need.expert_count
-    return _Kept(tiles, slots, expert_slots, whole and need.embedding_bytes <= left)
+    return _Kept(count, slots, expert_slots, whole and need.embedding_bytes <= left)
 
 
 def _prefix(sizes: Sequence[int], room: int) -> int:
@@ -173,26 +191,29 @@ def _prefix(sizes: Sequence[int], room: int) -> int:
     return len(sizes)
 
 
-def _plan(opened: Plan, need: Need, order: Sequence[int], kept: _Kept) -> Plan:
+def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
     """`opened` with other weights in memory; its budget is not looked at."""
-    stays = set(order[: kept.tiles])
+    stays = units[: kept.units]
+    whole = {unit.tile for unit in stays if not unit.is_base}
+    based = {unit.tile for unit in stays if unit.is_base}
     tiles: list[TilePlan] = []
     count = 0
     for i, tile in enumerate(opened.tiles):
-        tiles.append(replace(tile, stream_index=-1 if i in stays else count))
-        count += i not in stays
+        base = tile.base if i in based and i not in whole else None
+        tiles.append(tile.placed(-1 if i in whole else count, base))
+        count += i not in whole
     buffers = opened.reader_threads * (2 if need.experts and kept.slots else 1)
     more = (buffers - opened.staging_buffers) * opened.staging_bytes
     regions = {r.name: r for r in opened.regions}
     new = {
-        "resident": sum(t.nbytes for t in tiles if t.stream_index < 0),
+        "resident": sum(unit.nbytes for unit in stays),
         "embedding": need.embedding_bytes if kept.embedding else 0,
         "window": kept.slots * need.slot_bytes,
         "experts": kept.expert_slots * need.expert_slot_bytes,
         "staging": regions["staging"].nbytes + more,
     }
     why = {
-        "resident": f"{kept.tiles} of {len(tiles)} matrix tiles",
+        "resident": resident_why(tiles),
         "window": f"{kept.slots} slots for streamed tiles",
         "experts": f"{kept.expert_slots} of {need.expert_count} expert records",
         "staging": f"{buffers} read buffers, one token row",
@@ -208,5 +229,5 @@ def _plan(opened: Plan, need: Need, order: Sequence[int], kept: _Kept) -> Plan:
         expert_slots=kept.expert_slots, staging_buffers=buffers,
         embedding_resident=kept.embedding,
         resident_bytes=opened.resident_bytes + sum(new[n] - regions[n].nbytes for n in weights),
-        streamed_bytes=sum(t.extent.nbytes for t in tiles if t.stream_index >= 0),
+        streamed_bytes=sum(t.read_bytes for t in tiles if t.stream_index >= 0),
     )  # fmt: skip

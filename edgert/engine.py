@@ -18,23 +18,26 @@ from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
 from edgert.device_profile import load_profile, note_drift
+from edgert.draft_model import DraftModel
 from edgert.elastic_arena import ElasticArena, arena_bytes
 from edgert.errors import EdgertError, InputError
 from edgert.expert_control import ExpertControl
-from edgert.forward import Forward
+from edgert.forward import Forward, Ticket
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
-from edgert.kernels_cpu.program import Program, Rows
 from edgert.kernels_cpu.rope import rope_table
 from edgert.machine import available_bytes, trim_heap
-from edgert.models.graph import Graph, build_program
-from edgert.models.run_state import run_state_buffers
+from edgert.models.graph import Graph
 from edgert.opening import Opened, Progress
 from edgert.plan import Plan
-from edgert.plan_parts import Need, need_of, scratch_bytes
+from edgert.plan_parts import Need, need_of
 from edgert.prediction import Prediction, predict
+from edgert.programs import Programs, build_programs, take_buffers
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
+from edgert.sampler import Sampler
+from edgert.self_draft import SelfDrafter, self_acceptance
 from edgert.session import GenerationOptions, Session, complete
+from edgert.speculation import Drafter
 from edgert.storage.backend import Backend
 from edgert.storage.pages import cached_bytes
 from edgert.threads import ThreadTeam
@@ -64,6 +67,7 @@ class Engine:
         backend: Backend,
         on_progress: Progress | None = None,
         timeline: Timeline | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.spec = opened.spec
         self.plan = plan
@@ -72,6 +76,7 @@ class Engine:
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
         self.experts: ExpertControl | None = None  # None: a dense model
+        self.acceptance = {greedy: self_acceptance() for greedy in (False, True)}
         self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
@@ -85,6 +90,9 @@ class Engine:
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
+        self._draft_model = draft_model
+        if draft_model is not None:
+            self._held.append(draft_model.close)
         try:
             self._elastic = ElasticArena(plan, need)
             self._arena = self._elastic.arena
@@ -103,7 +111,7 @@ class Engine:
 
     def _open(self, need: Need, on_progress: Progress | None) -> None:
         plan, spec = self.plan, self.spec
-        buffers = self._take_buffers(need)
+        buffers = take_buffers(self._arena, plan, need)
         layout = KvLayout(
             spec.num_key_value_heads, spec.head_dim, plan.context_length, plan.kv_cache_type
         )
@@ -124,10 +132,10 @@ class Engine:
             spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
             int(table.ctypes.data), plan.threads,
         )  # fmt: skip
-        program, self._inner_rows = build_program(self._graph, self.weights)
-        self._describe(program, plan)
+        programs = build_programs(self._graph, self.weights)
+        self._describe(programs, plan)
         self.forward = Forward(
-            plan, program, self._team, self.weights, buffers["x"][1], buffers["logits"][1],
+            plan, programs, self._team, self.weights, buffers["x"][1], buffers["logits"][1],
             self.span,
         )  # fmt: skip
         self._held.append(self.forward.close)
@@ -138,12 +146,12 @@ class Engine:
             )
         trim_heap()
 
-    def _describe(self, program: Program, plan: Plan) -> None:
+    def _describe(self, programs: Programs, plan: Plan) -> None:
         """Tell compiled code, and the timeline, what they will walk."""
         addresses = {name: buffer.address for name, buffer in self._graph.buffers.items()}
         self.weights.describe(self._team.streams, addresses)
         if self._timeline:
-            self._timeline.describe(program, self._manifest, plan.total_bytes)
+            self._timeline.describe(programs.full, self._manifest, plan.total_bytes)
             self._team.streams[rows.S_TIMELINE] = self._timeline.address
 
     def _predict(self) -> Prediction | None:
@@ -155,22 +163,6 @@ class Engine:
         if rate:
             note_drift(profile, self._files, rate)
         return predict(self.plan, self.spec, self._manifest, profile, device_bytes_per_s=rate)
-
-    def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
-        """The run state in the arena: address and stride of each buffer, and a float32 view."""
-        plan = self.plan
-        found = {}
-        for buffer in run_state_buffers(
-            self.spec, need.inputs, tokens=plan.prefill_tokens, logit_rows=plan.logit_rows,
-            scratch_bytes=scratch_bytes(self.spec, plan.threads, plan.context_length),
-        ):  # fmt: skip
-            space = self._arena.take(buffer.name, buffer.nbytes, 64)
-            floats = space[: buffer.rows * buffer.stride].view(np.float32)
-            place = Rows(int(space.ctypes.data), buffer.stride)
-            found[buffer.name] = (place, floats.reshape(buffer.rows, -1))
-            if buffer.name == "index":
-                space.view(np.int64)[:] = np.arange(space.nbytes // 8)
-        return found
 
     # ---- facts ---------------------------------------------------------------------------------
 
@@ -254,12 +246,12 @@ class Engine:
             self.forward.check_open()
             go_on()
 
-        def make() -> tuple[Plan, Program]:
-            program, inner = build_program(self._graph, self.weights.under(plan))
+        def make() -> tuple[Plan, Programs]:
+            programs = build_programs(self._graph, self.weights.under(plan))
             self.weights.resize(plan, on_read)
-            self._describe(program, plan)
-            self.plan, self._inner_rows = plan, inner
-            return plan, program
+            self._describe(programs, plan)
+            self.plan = plan
+            return plan, programs
 
         self.forward.change(make, at_once=arena_bytes(plan) < arena_bytes(self.plan))
         trim_heap()
@@ -282,6 +274,16 @@ class Engine:
         """
         self._check_open()
         return self.forward.evaluate(list(tokens), self.vocab_size, last=len(tokens))
+
+    def drafters(self, sampler: Sampler, ticket: Ticket) -> list[Drafter]:
+        """Who guesses, beside the prompt lookup, in a generation with this sampler."""
+        ends, found = self.tokenizer.eos_ids, list[Drafter]()
+        if self.plan.can_draft:
+            learnt = self.acceptance[sampler.is_greedy]
+            found += [SelfDrafter(self.forward, self.vocab_size, sampler, ends, learnt, ticket)]
+        if self._draft_model is not None:
+            found += [self._draft_model.drafter(sampler, ends, ticket)]
+        return found
 
     # ---- text ----------------------------------------------------------------------------------
 

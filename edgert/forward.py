@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from edgert.errors import CancelledError, ContextError, EdgertError, InputError
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.program import Program
 from edgert.plan import Plan
+from edgert.programs import Programs
 from edgert.speculation import PassCosts
 from edgert.threads import ThreadTeam
 from edgert.timeline import PASS, Span, no_span
@@ -60,7 +62,7 @@ class Forward:
     def __init__(
         self,
         plan: Plan,
-        program: Program,
+        programs: Programs,
         team: ThreadTeam,
         weights: Weights,
         x: _F32,
@@ -68,7 +70,7 @@ class Forward:
         span: Span = no_span,
     ) -> None:
         self._plan = plan
-        self._program = program
+        self._programs = programs
         self._team = team
         self._weights = weights
         self._x = x  # (prefill_tokens, hidden padded)
@@ -76,6 +78,7 @@ class Forward:
         self._logits = logits  # (logit_rows, vocabulary padded)
         self.on_pass: Callable[[int], None] | None = None  # gets the number of tokens of a pass
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
+        self._drafted: list[int] = []  # tokens behind those, with keys and values of the base
         self._pass = 0  # of the dense stream
         self._broken = False
         self._closed = False
@@ -85,6 +88,16 @@ class Forward:
         self._change_waits = False
         self.stats = PassStats()
         self.costs = PassCosts(_growth(plan))
+
+    @property
+    def plan(self) -> Plan:
+        """What passes run under."""
+        return self._plan
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The rows of the program, in order."""
+        return self._programs.full.names
 
     def cancel(self, ticket: Ticket) -> None:
         """End the requests with this ticket, one under way within one op; no other is touched."""
@@ -117,7 +130,7 @@ class Forward:
         if self._closed:
             raise EdgertError("the engine is closed; load the model again")
 
-    def change(self, make: Callable[[], tuple[Plan, Program]], *, at_once: bool) -> None:
+    def change(self, make: Callable[[], tuple[Plan, Programs]], *, at_once: bool) -> None:
         """Between two passes, let `make` change what passes run on; then go on with what it gives.
 
         `at_once` ends the pass under way, which begins again after it, to the same bits; else its
@@ -131,7 +144,7 @@ class Forward:
                 self.check_open()
                 self._team.settle()
                 self._broken = True  # the streams begin again, whatever comes of it
-                self._plan, self._program = make()
+                self._plan, self._programs = make()
                 self.costs.forget(_growth(self._plan))
             finally:
                 self._change_waits = False
@@ -169,6 +182,7 @@ class Forward:
             self._ticket = ticket
             self._team.arm()
             del self._cached[start:]
+            self._drafted = []
             out = np.empty((last, vocabulary), np.float32)
             while start < len(tokens):
                 stop = min(start + self._plan.prefill_tokens, len(tokens))
@@ -182,6 +196,94 @@ class Forward:
                 if progress:
                     progress(start, len(tokens))
             return out
+
+    def draft(
+        self, tokens: Sequence[int], vocabulary: int, ticket: Ticket | None = None
+    ) -> _F32 | None:
+        """What the resident base of the weights says after the last token: float32 (vocabulary,).
+
+        All tokens but the last must have been computed or drafted, else there is no answer: None.
+        The token's keys and values go behind those of computed tokens, where the next `evaluate`
+        writes over them; none of them is ever taken for a computed one. Readers of the stream go
+        on meanwhile. Raises `StorageError`, `CancelledError`.
+        """
+        with self.lock, self._boundary:
+            self.check_open()
+            self._ticket = ticket
+            self._team.arm()
+            while self._change_waits:
+                self._boundary.wait()
+            start, last = self.reused(tokens), len(tokens) - 1
+            behind = list(tokens[start:last])
+            if (
+                self._programs.draft is None
+                or last >= self._plan.context_length
+                or behind != self._drafted[: len(behind)]
+            ):
+                return None
+            del self._cached[start:]  # rejected ones, whose place is written to now
+            self._drafted = behind
+            if not self._walk_draft(self._programs.draft, tokens[last], last):
+                return None
+            self._drafted.append(tokens[last])
+            return self._logits[0, :vocabulary].copy()
+
+    def _walk_draft(self, program: Program, token: int, position: int) -> bool:
+        """Walk the draft program over one token; False when a change stopped it."""
+        if self._broken:
+            self._recover()
+        self._broken = True
+        self._set_tokens([token], position, 1)
+        self._raise_if_cancelled()
+        if self._change_waits:
+            return False
+        streams = self._team.streams
+        timeline, streams[rows.S_TIMELINE] = int(streams[rows.S_TIMELINE]), 0
+        try:  # its rows have no names in the timeline
+            with self._span("draft", position):
+                self._team.run(program)
+        finally:
+            streams[rows.S_TIMELINE] = timeline
+        self._weights.raise_if_failed()
+        if self._team.stopped:
+            self._raise_if_cancelled()
+            return False
+        self._broken = False
+        return True
+
+    def walk_in_parts(
+        self,
+        tokens: Sequence[int],
+        vocabulary: int,
+        ends: Sequence[int],
+        look: Callable[[int, int], object],
+    ) -> None:
+        """Compute `tokens` in parts of the program, for those who look at what is between.
+
+        Part i ends before row `ends[i]` of the program; then `look(i, n)` may read the buffers of a
+        pass of n tokens. The sums are those of `evaluate`, and no logits are made. Only for a plan
+        that streams no matrices, whose tiles count whole passes. Raises as `evaluate` does.
+        """
+        with self.lock, self._boundary:
+            self.check_open()
+            self._check(tokens, 0, vocabulary)
+            self._ticket = None
+            self._team.arm()
+            self._cached, self._drafted = [], []
+            program = self._programs.full
+            assert not self._plan.streamed_bytes
+            for start in range(0, len(tokens), self._plan.prefill_tokens):
+                now = tokens[start : start + self._plan.prefill_tokens]
+                if self._broken:
+                    self._recover()
+                self._broken = True
+                self._set_tokens(now, start, 0)
+                for part, (first, end) in enumerate(pairwise([0, *ends])):
+                    self._team.run(program.part(first, end))
+                    self._weights.raise_if_failed()
+                    self._raise_if_cancelled()
+                    look(part, len(now))
+                self._broken = False
 
     def _check(self, tokens: Sequence[int], start: int, vocabulary: int) -> None:
         """Refuse what cannot be computed; the tokens before `start` were checked before."""
@@ -207,21 +309,13 @@ class Forward:
             self._recover()
         n = len(tokens)
         self._broken = True  # until the pass has ended well
-        with self._span("embed", n, position):
-            embedded = self._weights.token_rows(tokens)
-            self._x[:n, : embedded.shape[1]] = embedded
-        frame = self._team.frame
-        frame[rows.F_N_TOKENS] = n
-        frame[rows.F_POSITION] = position
-        frame[rows.F_PASS] = self._pass
-        frame[rows.F_FIRST_LOGIT] = n - wanted
-        frame[rows.F_N_LOGITS] = wanted
+        self._set_tokens(tokens, position, wanted)
         begin = time.perf_counter()
         self._raise_if_cancelled()
         if self._change_waits:  # its stop may have come before `_recover` took it back
             return False
         with self._span(PASS, n, position):
-            self._team.run(self._program)
+            self._team.run(self._programs.full)
         self._weights.raise_if_failed()
         if self._team.stopped:
             self._raise_if_cancelled()
@@ -241,6 +335,19 @@ class Forward:
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
         self._broken = False  # last: an interruption before here begins the streams again
         return True
+
+    def _set_tokens(self, tokens: Sequence[int], position: int, wanted: int) -> None:
+        """Write what the next walk is about: embeddings, and the frame."""
+        n = len(tokens)
+        with self._span("embed", n, position):
+            embedded = self._weights.token_rows(tokens)
+            self._x[:n, : embedded.shape[1]] = embedded
+        frame = self._team.frame
+        frame[rows.F_N_TOKENS] = n
+        frame[rows.F_POSITION] = position
+        frame[rows.F_PASS] = self._pass
+        frame[rows.F_FIRST_LOGIT] = n - wanted
+        frame[rows.F_N_LOGITS] = wanted
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):

@@ -20,8 +20,8 @@ from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.kernels_cpu.program import Matrix, Program, ProgramBuilder, Rows, Segment
 from edgert.machine import default_threads
-from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
-from edgert.quant.planes import quantize
+from edgert.quant.formats import BY_NAME, FORMATS, PlaneFormat, QuantFormat
+from edgert.quant.planes import quantize_planes_ref
 from edgert.quant.quantize import quantize_ref
 from edgert.threads import ThreadTeam
 from edgert.units import KIB, MIB
@@ -35,7 +35,6 @@ BATCHES = (1, 4, 8)
 GEMM_TOKENS = 512
 REPACK_ROWS = 1024
 _CACHE_REPEATS = 64
-_FORMATS: dict[str, QuantFormat] = BY_NAME | PLANES
 
 
 def bench_kernels(
@@ -52,15 +51,15 @@ def bench_kernels(
     """
     names = list(BY_NAME if formats is None else formats)
     for name in names:
-        if name not in _FORMATS:
-            raise InputError(f"{name} is no number format; there are {' '.join(_FORMATS)}")
+        if name not in FORMATS:
+            raise InputError(f"{name} is no number format; there are {' '.join(FORMATS)}")
     harness = Harness(default_threads() if threads is None else threads)
     try:
         bench = Matrices(harness.team, harness.alone, harness.arena)
         for number, name in enumerate(names):
             if on_progress:
                 on_progress(name, number, len(names))
-            fmt = _FORMATS[name]
+            fmt = FORMATS[name]
             bench.fill(fmt)
             cases = bench.cases(fmt)
             yield from harness.measure(name, "matmul", cases, bench.result, trials)
@@ -153,5 +152,5 @@ class Matrices:
 def _quantized(fmt: QuantFormat, w: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Rows of `w` as a file stores them; any error of rounding will do."""
     if isinstance(fmt, PlaneFormat):
-        return quantize(fmt, w, refine=False)
+        return quantize_planes_ref(fmt, w, refine=False)
     return quantize_ref(fmt, w)

@@ -15,9 +15,10 @@ from edgert.kernels_cpu import elementwise, moe, rope
 from edgert.kernels_cpu.attention import attention_kernel
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.matmul import matmul_kernel
+from edgert.kernels_cpu.nested import move_bits_kernel
 from edgert.kernels_cpu.repack import repack_blocks
 from edgert.kernels_cpu.team import begin_walk_kernel, serve_kernel
-from edgert.quant.formats import BY_NAME, PLANES
+from edgert.quant.formats import FORMATS, BaseFormat
 
 __all__ = ["compile_here", "kernels_of"]
 
@@ -33,7 +34,9 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
     if wanted.experts:
         found += [moe.moe_route_kernel, moe.moe_combine_kernel]
     for name in wanted.formats:
-        found.append(matmul_kernel((BY_NAME | PLANES)[name]))
+        found.append(matmul_kernel(FORMATS[name]))
+        if isinstance(FORMATS[name], BaseFormat):
+            found.append(move_bits_kernel)
     return list(dict.fromkeys(found))
 
 

@@ -18,6 +18,7 @@ from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
 from edgert.models.tensors import TensorNeed, check_tensors
+from edgert.quant.formats import BASES, QuantFormat
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
 from edgert.storage.model_file import read_magic
@@ -51,7 +52,10 @@ class Opened:
 
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
-        formats = {t.format for t in self.manifest.tensors.values() if len(t.shape) > 1}
+        formats: set[QuantFormat] = {
+            t.format for t in self.manifest.tensors.values() if len(t.shape) > 1
+        }
+        formats |= {BASES[b] for t in self.manifest.tensors.values() for b in t.base_bits}
         names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
         return KernelSet(names, kv_cache_type, self.spec.is_moe)
 
@@ -100,6 +104,7 @@ def load(
     threads: int | None = None,
     kv_cache_type: str = "f16",
     prefill_tokens: int | None = None,
+    draft_model: str | Path | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
     timeline: Timeline | None = None,
@@ -110,8 +115,9 @@ def load(
     the machine or the enclosing cgroup has free; above the cgroup's limit it is that limit, with a
     warning. It covers the whole process. `context_length`: tokens of prompt and answer; `threads`:
     by default the cores this process may use; `kv_cache_type`: "f16" or "f32"; `prefill_tokens`:
-    most tokens of one pass. None lets the plan choose. `on_progress(what, done, to_do)` is called
-    while compiling and loading.
+    most tokens of one pass. None lets the plan choose. `draft_model`: a smaller model with the same
+    vocabulary, whose guesses this one verifies; inside the same budget, and in memory as a whole.
+    `on_progress(what, done, to_do)` is called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
     `timeline` records what the engine does.
 
@@ -131,17 +137,28 @@ def load(
     from edgert.storage.backend import FileBackend
     from edgert.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
-    opened = opened.without_vocabulary()
-    for _ in compile_here(wanted):
-        pass
-    plan = make_plan(opened, options, process_bytes(opened, measured=True), here=True)
-    manifest = opened.manifest
-    if backend is None:
-        files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
-    else:
-        files = backend(manifest.files)
-    return Engine(opened, tokenizer, plan, files, on_progress, timeline)
+    draft = None
+    if draft_model is not None:
+        from edgert.draft_model import open_draft_model
+
+        budget = _bytes_of(memory_budget)
+        draft = open_draft_model(draft_model, opened, budget, threads, context_length)
+    try:
+        tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
+        opened = opened.without_vocabulary()
+        for _ in compile_here(wanted):
+            pass
+        plan = make_plan(opened, options, process_bytes(opened, measured=True), here=True)
+        manifest = opened.manifest
+        if backend is None:
+            files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
+        else:
+            files = backend(manifest.files)
+        return Engine(opened, tokenizer, plan, files, on_progress, timeline, draft)
+    except BaseException:
+        if draft is not None:
+            draft.close()
+        raise
 
 
 def _bytes_of(budget: int | str | None) -> int | None:

@@ -1,6 +1,8 @@
-"""The bytes of a file become the bytes of memory: rows are repacked into tiles, tiles are copied.
+"""The bytes of a file become the bytes of memory: repacked, copied, or put together from parts.
 
-Owns: the choice between the two. Must not know where the bytes come from nor when.
+And taken apart again, for a pack that is being made.
+
+Owns: the choice between them. Must not know where the bytes come from nor when.
 """
 
 from __future__ import annotations
@@ -10,21 +12,70 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgert.kernels_cpu.layout import matrix_bytes, repack
+from edgert.kernels_cpu.layout import matrix_bytes, repack, tile_count
+from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
 from edgert.plan_parts import ExpertRecord
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_expert", "place_rows"]
+__all__ = ["place_base", "place_expert", "place_refined", "place_rows", "split_part"]
 
 _Bytes = npt.NDArray[np.uint8]
 
 
-def place_rows(entry: TensorEntry, n_rows: int, raw: _Bytes, out: _Bytes) -> None:
-    """Write `n_rows` rows of a matrix, as the file holds them in `raw`, to `out` in tiles."""
-    if entry.layout == "tiles":
-        out[:] = raw
+def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
+    """Write `n_rows` rows of a matrix to `out` in tiles; `raw` is what `entry.extents` names."""
+    if entry.layout == "nested":
+        place_refined(entry, entry.part_bits[0], n_rows, raw[0], raw[1:], out)
+    elif entry.layout == "tiles":
+        out[:] = raw[0]
     else:
-        repack(entry.format, raw, n_rows, entry.shape[-1], out)
+        repack(entry.format, raw[0], n_rows, entry.shape[-1], out)
+
+
+def place_base(
+    entry: TensorEntry, bits: int, n_rows: int, raw: Sequence[_Bytes], out: _Bytes
+) -> None:
+    """Write the base of `bits` bits of `n_rows` rows to `out`, in tiles of `BASES[bits]`.
+
+    `raw`: the first `entry.base_parts(bits)` parts of these rows, as the file holds them.
+    """
+    if len(raw) == 1:
+        out[:] = raw[0]
+        return
+    move_bits(_blocks(entry, n_rows), _parts(entry, 0, raw), [Part(out, 8 - bits, bits)])
+
+
+def place_refined(
+    entry: TensorEntry, bits: int, n_rows: int, base: _Bytes, raw: Sequence[_Bytes], out: _Bytes
+) -> None:
+    """Write `n_rows` rows to `out` in tiles of Q8_0, to the bit those of the source.
+
+    `base`: the same rows as `place_base` wrote them; `raw`: their other parts as in the file.
+    """
+    rest = _parts(entry, entry.base_parts(bits), raw)
+    move_bits(_blocks(entry, n_rows), [Part(base, 8 - bits, bits), *rest], [Part(out, 0, 8)])
+
+
+def split_part(entry: TensorEntry, part: int, n_rows: int, tiles: _Bytes) -> _Bytes:
+    """A part, as the file is to hold it, of `n_rows` rows in `tiles` of Q8_0."""
+    bits, low = entry.part_bits[part], 8 - sum(entry.part_bits[: part + 1])
+    n_blocks = _blocks(entry, n_rows)
+    out = np.empty(part_bytes(bits, low, n_blocks), np.uint8)
+    move_bits(n_blocks, [Part(tiles, 0, 8)], [Part(out, low, bits)])
+    return out
+
+
+def _blocks(entry: TensorEntry, n_rows: int) -> int:
+    return tile_count(n_rows) * (entry.shape[-1] // entry.format.block_size)
+
+
+def _parts(entry: TensorEntry, first: int, raw: Sequence[_Bytes]) -> list[Part]:
+    """`raw` as the parts from number `first` on."""
+    low, parts = 8 - sum(entry.part_bits[:first]), []
+    for bits, data in zip(entry.part_bits[first:], raw, strict=False):
+        low -= bits
+        parts.append(Part(data, low, bits))
+    return parts
 
 
 def place_expert(
@@ -38,4 +89,4 @@ def place_expert(
     for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
         entry = manifest.tensors[name]
         n_rows, columns = entry.shape[1:]
-        place_rows(entry, n_rows, part, slot[start : start + matrix_bytes(fmt, n_rows, columns)])
+        place_rows(entry, n_rows, [part], slot[start : start + matrix_bytes(fmt, n_rows, columns)])

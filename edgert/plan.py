@@ -22,13 +22,16 @@ from itertools import count
 from edgert.device_profile import DeviceProfile
 from edgert.errors import BudgetError, ContextError
 from edgert.models.spec import ModelSpec
+from edgert.plan_nested import keep_bases
 from edgert.plan_parts import (
+    Base,
     Need,
     Sizes,
     TilePlan,
     choose_resident,
     measure,
     need_of,
+    resident_why,
 )
 from edgert.plan_policy import USUAL, fastest_pass, rates_of, requests_for
 from edgert.plan_records import Plan, PlanOptions, Region
@@ -40,6 +43,7 @@ __all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
 _CONTEXTS = (4096, 2048, 1024, 512, 256)
 _COMFORT = 6  # activations, ring and staging may take 1/6 of what is left beside the process
 _CONTEXT_SHARE = 8  # and a KV cache nobody asked for 1/8
+_SHORT = 1024  # tokens of context below which one that nobody asked for is not cut for wide bases
 _ENOUGH_TOKENS = 16  # a pass of fewer is only worth its memory when weights are streamed anyway
 
 
@@ -68,7 +72,8 @@ _SHAPES = (
 class Kept:
     """What stays in memory."""
 
-    resident: tuple[bool, ...]  # for each tile
+    resident: tuple[bool, ...]  # for each tile: all of it
+    bases: tuple[Base | None, ...] | None  # for each tile: what stays of it while it is streamed
     slots: int
     expert_slots: int
     embedding: bool
@@ -150,10 +155,13 @@ def _choose(
     """
     budget = layout.options.budget_bytes
     room = budget - layout.process_bytes
-    for everything in (True, False):
+    widths = sorted(layout.need(shapes[0].tile_bytes).bases, reverse=True)
+    for everything, bits in ((True, 0), *((False, bits) for bits in (*widths, 0))):
         for context in contexts:
+            if bits and bits != widths[-1] and _SHORT > context != contexts[0]:
+                continue  # rather fewer bits
             for shape in shapes:
-                sums = layout.sums(context, shape, everything)
+                sums = layout.sums(context, shape, everything, bits)
                 modest = sums.comfort_bytes <= room // _COMFORT
                 modest &= context == contexts[-1] or sums.kv_bytes <= room // _CONTEXT_SHARE
                 if sums.total_bytes > budget or not (
@@ -161,7 +169,7 @@ def _choose(
                 ):
                     continue
                 if not everything:
-                    shape = layout.with_fastest_pass(context, shape, profile)
+                    shape = layout.with_fastest_pass(context, shape, profile, bits)
                 plan = layout.plan(context, shape, everything=everything)
                 if plan.total_bytes <= budget:
                     return plan
@@ -202,8 +210,8 @@ class _Layout:
             self._needs[tile_bytes] = need_of(self.spec, self.manifest, threads, kv, tile_bytes)
         return self._needs[tile_bytes]
 
-    def sums(self, context: int, shape: Shape, everything: bool) -> _Sums:
-        """What `plan` would take for these sizes, or a little less."""
+    def sums(self, context: int, shape: Shape, everything: bool, bits: int = 0) -> _Sums:
+        """What `plan` takes for these sizes, or a little less; with a base of `bits` of all."""
         need = self.need(shape.tile_bytes)
         sizes = measure(need, context, shape.tokens)
         reading = shape.readers * need.staging_bytes + need.row_bytes
@@ -211,25 +219,28 @@ class _Layout:
         fixed += need.vector_bytes + reading
         slots = need.expert_count if everything else min(need.expert_count, need.experts_per_token)
         fixed += slots * need.expert_slot_bytes + (need.embedding_bytes if everything else 0)
-        window = 0
+        window = base = 0
         if everything or fixed + need.tile_bytes <= self.options.budget_bytes:
             fixed += need.tile_bytes
         else:
             window = shape.slots * need.slot_bytes + (reading if need.experts else 0)
+            base = need.bases[bits] if bits else 0
         comfort = sizes.activation_bytes + reading + window
-        total = fixed + window
-        left = self.options.budget_bytes - total
+        total = fixed + window + base
+        left = self.options.budget_bytes - total + base
         streamed = max(need.tile_bytes - left, 0) if window else 0
         return _Sums(total, sizes.kv_bytes, comfort, streamed)
 
-    def with_fastest_pass(self, context: int, shape: Shape, profile: DeviceProfile | None) -> Shape:
+    def with_fastest_pass(
+        self, context: int, shape: Shape, profile: DeviceProfile | None, bits: int = 0
+    ) -> Shape:
         """The shape with as many tokens in a pass as pay; unchanged where the caller chose them."""
         need = self.need(shape.tile_bytes)
         if self.options.prefill_tokens is not None or need.experts:
             return shape
 
         def streamed(tokens: int) -> int | None:
-            found = self.sums(context, replace(shape, tokens=tokens), everything=False)
+            found = self.sums(context, replace(shape, tokens=tokens), False, bits)
             return found.streamed_bytes if found.total_bytes <= self.options.budget_bytes else None
 
         rates = rates_of(profile, self.options.threads)
@@ -250,7 +261,7 @@ class _Layout:
         fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + need.row_bytes + reading
         if everything:
-            kept = Kept(tuple(True for _ in need.tiles), 0, need.expert_count, True)
+            kept = Kept(tuple(True for _ in need.tiles), None, 0, need.expert_count, True)
         else:
             room = self.options.budget_bytes - fixed
             kept = _keep(need, room, shape.slots, reading, keep_dense)
@@ -262,18 +273,21 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
     window = slots * need.slot_bytes + (reading if need.experts else 0)
     least = min(need.expert_count, need.experts_per_token)
     room -= least * need.expert_slot_bytes
-    if keep_dense or sum(t.nbytes for t in need.tiles) <= room:
+    bases = None
+    if keep_dense or need.tile_bytes <= room:
         resident = tuple(True for _ in need.tiles)
+    elif need.bases and (bases := keep_bases(need.tiles, room - window, slots)):
+        resident = tuple(base is None for base in bases)
     else:
         resident = choose_resident(need.tiles, max(room - window, 0), slots)
     streamed = resident.count(False)
     if streamed < 3:  # no ring turns with fewer: keep them, whatever it takes
-        resident, streamed = tuple(True for _ in need.tiles), 0
+        resident, bases, streamed = tuple(True for _ in need.tiles), None, 0
     slots = min(slots, max(streamed - 1, 0))
     room -= sum(t.nbytes for t, keep in zip(need.tiles, resident, strict=True) if keep)
     room -= window if streamed else 0
     more = max(room, 0) // need.expert_slot_bytes if need.expert_slot_bytes else 0
-    return Kept(resident, slots, min(need.expert_count, least + more), False)
+    return Kept(resident, bases, slots, min(need.expert_count, least + more), False)
 
 
 def _plan(
@@ -286,10 +300,10 @@ def _plan(
     kept: Kept,
 ) -> Plan:
     """The plan's record for what was decided."""
-    tiles = _numbered(need.tiles, kept.resident)
+    tiles = _numbered(need.tiles, kept)
     buffers = shape.readers * (2 if need.experts and kept.slots else 1)
-    in_memory = sum(t.nbytes for t in tiles if t.stream_index < 0)
-    streamed = sum(t.extent.nbytes for t in tiles if t.stream_index >= 0)
+    in_memory = sum(t.memory_bytes for t in tiles)
+    streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
     experts = kept.expert_slots * need.expert_slot_bytes
     embedding = need.embedding_bytes if kept.embedding else 0
     regions = (
@@ -297,7 +311,7 @@ def _plan(
         Region("KV cache", sizes.kv_bytes, sizes.kv_why),
         Region("activations", sizes.activation_bytes, f"one pass of {shape.tokens} tokens"),
         Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
-        Region("resident", in_memory, f"{sum(kept.resident)} of {len(tiles)} matrix tiles"),
+        Region("resident", in_memory, resident_why(tiles)),
         Region("embedding", embedding, "token rows"),
         Region("window", kept.slots * need.slot_bytes, f"{kept.slots} slots for streamed tiles"),
         Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),
@@ -320,10 +334,12 @@ def _plan(
     )  # fmt: skip
 
 
-def _numbered(tiles: Sequence[TilePlan], resident: Sequence[bool]) -> tuple[TilePlan, ...]:
+def _numbered(tiles: Sequence[TilePlan], kept: Kept) -> tuple[TilePlan, ...]:
     """The tiles with the streamed ones numbered in execution order."""
     index = count()
     return tuple(
-        tile if keep else tile.streamed_as(next(index))
-        for tile, keep in zip(tiles, resident, strict=True)
+        tile if whole else tile.placed(next(index), base)
+        for tile, whole, base in zip(
+            tiles, kept.resident, kept.bases or [None] * len(tiles), strict=True
+        )
     )

@@ -6,9 +6,10 @@ Must not know the budget's policy (plan.py) nor how anything is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 
 from edgert.errors import UnsupportedError
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
@@ -18,22 +19,36 @@ from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
-from edgert.quant.formats import QuantFormat
-from edgert.storage.backend import ALIGNMENT, aligned_range
+from edgert.quant.formats import BASES, QuantFormat
+from edgert.storage.backend import ALIGNMENT
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
+    "Base",
     "ExpertRecord",
     "Need",
     "Sizes",
     "TilePlan",
+    "at_least",
     "choose_resident",
     "measure",
     "need_of",
+    "resident_why",
+    "spread_evenly",
 ]
 
 LOGITS_BYTES = 4 * MIB  # most that the logits of one pass may take
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The first bits of a tile of a nested matrix: with them the model drafts."""
+
+    bits: int
+    parts: int  # of the tile's, the first ones
+    nbytes: int  # in memory, in kernel layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +59,35 @@ class TilePlan:
     first_row: int
     rows: int
     nbytes: int  # in memory, in kernel layout
-    extent: Extent  # in the file
+    extents: tuple[Extent, ...]  # in the file: one, or one for each part of a nested matrix
     is_head: bool
+    bases: tuple[Base, ...] = ()  # those it can have, narrow ones first
     stream_index: int = -1  # position in the cycle of streamed tiles; -1 is resident
+    base: Base | None = None  # what is in memory of it while the rest is streamed
 
-    def streamed_as(self, index: int) -> TilePlan:
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that stay in memory: all of it, its base, or none."""
+        return self.nbytes if self.stream_index < 0 else self.base.nbytes if self.base else 0
+
+    @property
+    def reads(self) -> tuple[Extent, ...]:
+        """What is read of it in every pass, or once where it is resident."""
+        return self.extents[self.base.parts :] if self.base else self.extents
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of `reads`."""
+        return sum(e.nbytes for e in self.reads)
+
+    def placed(self, index: int, base: Base | None = None) -> TilePlan:
         """The same tile at a place of the cycle. (`dataclasses.replace` takes five times as long,
         and a plan of an 8B model has up to 30,000 tiles.)
         """
         return TilePlan(
-            self.tensor, self.first_row, self.rows, self.nbytes, self.extent, self.is_head, index
-        )
+            self.tensor, self.first_row, self.rows, self.nbytes, self.extents, self.is_head,
+            self.bases, index, base,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +112,7 @@ class Need:
     tiles: tuple[TilePlan, ...]
     tile_bytes: int  # of all of them
     weights: int  # number of weights in them
+    bases: dict[int, int]  # bits of a base -> bytes in memory when no tile has less
     experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
     threads: int
     kv_cache_type: str
@@ -133,7 +167,7 @@ def need_of(
     if spec.tie_word_embeddings:
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
     experts = _records(spec, needs, manifest)
-    parts = [aligned_range(t.extent, ALIGNMENT)[1] for t in tiles]
+    parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
     raw = [sum(p.nbytes for p in expert_parts(r, manifest, 0)) for r in experts]
     staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
@@ -147,7 +181,8 @@ def need_of(
     row = embedding.format.row_bytes(embedding.shape[1])
     return Need(
         spec=spec, needs=needs, inputs=inputs_of(_by_role(needs, manifest, spec), quantized),
-        tiles=tuple(tiles), tile_bytes=sum(t.nbytes for t in tiles),
+        tiles=tuple(tiles), bases={} if experts else base_sizes(tiles),
+        tile_bytes=sum(t.nbytes for t in tiles),
         weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
         slot_bytes=align_up(max(t.nbytes for t in tiles), ALIGNMENT),
@@ -181,24 +216,22 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     rows, columns = entry.shape
     group = tile_bytes(entry.format, columns)
     count = max(1, size // group)
-    if entry.layout == "tiles":  # of whole pages, so that nothing is read twice
-        even = ALIGNMENT // gcd(ALIGNMENT, group)
+    if entry.layout != "rows":  # of whole pages, so that nothing is read twice
+        each = [e.nbytes for e in entry.extents(0, min(TILE_ROWS, rows))]
+        even = lcm(*(ALIGNMENT // gcd(ALIGNMENT, nbytes) for nbytes in each))
         count = max(even, count // even * even)
     step = TILE_ROWS * count
-    nbytes = matrix_bytes(entry.format, step, columns)
-    return [
-        TilePlan(
-            tensor=name,
-            first_row=first,
-            rows=min(step, rows - first),
-            nbytes=nbytes
-            if first + step <= rows
-            else matrix_bytes(entry.format, rows - first, columns),
-            extent=entry.rows(first, min(first + step, rows)),
-            is_head=is_head,
+    tiles = []
+    for first in range(0, rows, step):
+        n = min(step, rows - first)
+        bases = tuple(
+            Base(bits, entry.base_parts(bits), matrix_bytes(BASES[bits], n, columns))
+            for bits in entry.base_bits
         )
-        for first in range(0, rows, step)
-    ]
+        nbytes = matrix_bytes(entry.format, n, columns)
+        extents = entry.extents(first, first + n)
+        tiles.append(TilePlan(name, first, n, nbytes, extents, is_head, bases))
+    return tiles
 
 
 def _records(
@@ -280,6 +313,48 @@ def scratch_bytes(spec: ModelSpec, threads: int, context: int) -> int:
     return partials_bytes(heads, kv_heads, dim, context, parts) + threads * each
 
 
+def at_least(tile: TilePlan, bits: int) -> Base | None:
+    """The narrowest base of a tile with `bits` bits or more; None where it must be kept whole."""
+    return next((base for base in tile.bases if base.bits >= bits), None)
+
+
+def base_sizes(tiles: Sequence[TilePlan]) -> dict[int, int]:
+    """Bytes in memory with a base of each width for every tile that has it; empty without bases."""
+    widths = sorted({base.bits for tile in tiles for base in tile.bases})
+    pairs = {bits: [(at_least(tile, bits), tile.nbytes) for tile in tiles] for bits in widths}
+    return {b: sum(base.nbytes if base else n for base, n in pairs[b]) for b in widths}
+
+
+def resident_why(tiles: Sequence[TilePlan]) -> str:
+    """What of the tiles is in memory, for people."""
+    whole = sum(tile.stream_index < 0 for tile in tiles)
+    bases = Counter(tile.base.bits for tile in tiles if tile.base)
+    rest = "".join(f", {bits} of 8 bits of {bases[bits]}" for bits in sorted(bases))
+    return f"{whole} of {len(tiles)} matrix tiles{rest}"
+
+
+def spread_evenly(costs: Sequence[int], first: Sequence[bool], room: int) -> list[bool]:
+    """Which items to spend `room` on: those that come first, if all fit, then others, evenly."""
+    taken = [False] * len(costs)
+    total = sum(costs)
+    ahead = sum(cost for cost, is_first in zip(costs, first, strict=True) if is_first)
+    if ahead <= room:
+        taken = list(first)
+        room -= ahead
+        total -= ahead
+    share = room / total if total else 0.0
+    owed = 0.0
+    for i, cost in enumerate(costs):
+        if taken[i]:
+            continue
+        owed += cost * share
+        if owed >= cost and cost <= room:
+            taken[i] = True
+            owed -= cost
+            room -= cost
+    return taken
+
+
 def choose_resident(tiles: Sequence[TilePlan], room: int, slots: int) -> tuple[bool, ...]:
     """Which tiles stay in `room` bytes: the head first, then spread evenly, then what still fits.
 
@@ -288,23 +363,8 @@ def choose_resident(tiles: Sequence[TilePlan], room: int, slots: int) -> tuple[b
     total = sum(t.nbytes for t in tiles)
     if total <= room:
         return tuple(True for _ in tiles)
-    keep = [False] * len(tiles)
-    left = room
-    head = sum(t.nbytes for t in tiles if t.is_head)
-    if head <= left:
-        keep = [t.is_head for t in tiles]
-        left -= head
-        total -= head
-    share = left / total if total else 0.0
-    owed = 0.0
-    for i, tile in enumerate(tiles):
-        if keep[i]:
-            continue
-        owed += tile.nbytes * share
-        if owed >= tile.nbytes and tile.nbytes <= left:
-            keep[i] = True
-            owed -= tile.nbytes
-            left -= tile.nbytes
+    keep = spread_evenly([t.nbytes for t in tiles], [t.is_head for t in tiles], room)
+    left = room - sum(t.nbytes for t, kept in zip(tiles, keep, strict=True) if kept)
     for i in sorted(range(len(tiles)), key=lambda i: -tiles[i].nbytes):
         if not keep[i] and tiles[i].nbytes <= left:
             keep[i] = True

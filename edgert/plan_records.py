@@ -67,6 +67,11 @@ class Plan:
         """The sum of all regions; never above the budget."""
         return sum(r.nbytes for r in self.regions)
 
+    @property
+    def can_draft(self) -> bool:
+        """True when something of every matrix is in memory, and of some not all."""
+        return any(t.base for t in self.tiles) and all(t.memory_bytes for t in self.tiles)
+
     def region(self, name: str) -> Region:
         """The region with this name."""
         return next(r for r in self.regions if r.name == name)

@@ -15,7 +15,15 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from edgert.machine import CgroupMemory
 
-__all__ = ["Completion", "FinishReason", "MemoryReport", "RunStats", "TokenEvent", "logits_hash"]
+__all__ = [
+    "Completion",
+    "DraftStats",
+    "FinishReason",
+    "MemoryReport",
+    "RunStats",
+    "TokenEvent",
+    "logits_hash",
+]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -23,6 +31,17 @@ FinishReason = Literal["stop", "length", "cancelled"]
 def logits_hash(logits: npt.NDArray[np.float32]) -> str:
     """16 hex digits of SHA-256 over the logits as little-endian float32: equal bits, equal hash."""
     return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStats:
+    """What one drafter guessed during a generation."""
+
+    drafter: str
+    passes: int  # that verified its guesses
+    drafted_tokens: int
+    accepted_tokens: int  # of those, right
+    seconds: float  # spent on guessing
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +53,8 @@ class RunStats:
     generated_tokens: int
     drafted_tokens: int  # guessed, and verified several in a pass
     accepted_tokens: int  # of those, right
+    drafts: tuple[DraftStats, ...]  # the same for each drafter that guessed
+    decode_passes: int  # tokens a pass: those generated, less the first, by this
     prefill_seconds: float
     decode_seconds: float
     prefill_tok_s: float
@@ -42,6 +63,7 @@ class RunStats:
     decode_read_bytes: int
     read_bytes_per_token: float  # while decoding
     read_bytes_per_s: float  # while decoding
+    disk_busy_share: float  # of decode time with a read of streamed weights under way
     device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
     predicted_tok_s: float  # of decoding, from the device profile; 0 when unknown
     stall_share: float  # of decode time that compute waited for weights

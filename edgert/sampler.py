@@ -19,10 +19,11 @@ import numpy.typing as npt
 from edgert.config import SamplingParams
 from edgert.errors import InputError, ModelError
 
-__all__ = ["Sampler"]
+__all__ = ["SURENESS", "Sampler"]
 
 _Logits = npt.NDArray[np.float32]
 _LARGEST = float(np.finfo(np.float32).max)
+SURENESS = 16  # degrees of `Sampler.guess`
 _COLUMN = 64  # logits of which only the largest takes part in the first look for the top k
 
 
@@ -43,6 +44,11 @@ class Sampler:
         self.seed = int(seed)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
+    @property
+    def is_greedy(self) -> bool:
+        """True when nothing is left to chance."""
+        return self.params.temperature == 0 or self.params.top_k == 1
+
     def sample(self, logits: _Logits, recent: Sequence[int] = ()) -> int:
         """The next token. logits (n_vocab,) float32, unchanged; recent: the tokens so far.
 
@@ -50,13 +56,36 @@ class Sampler:
         is never drawn. Raises `ModelError` for NaN or +inf, which only a broken model or file
         produces, and where every token is banned.
         """
+        return self._draw(_penalised(logits, recent, self.params))[0]
+
+    def fork(self) -> Sampler:
+        """A sampler that will draw what this one would, without its knowing."""
+        other = Sampler(self.params, self.seed)
+        other._random.bit_generator.state = self._random.bit_generator.state
+        return other
+
+    def guess(self, logits: _Logits, recent: Sequence[int] = ()) -> tuple[int, int]:
+        """As `sample`, and how far the draw was from another token: 0 to `SURENESS` - 1.
+
+        Similar logits, as a drafter has them, then give the same token more often: without
+        sampling it is the difference to the second logit in steps of 1/2, else the distance of
+        the random number to the ends of the token's share of 1, in sixteenths.
+        """
+        logits = _penalised(logits, recent, self.params)
+        token, distance = self._draw(logits)
+        if distance is None:
+            second = np.partition(logits, -2)[-2] if len(logits) > 1 else -np.inf
+            return token, int(min(2.0 * (logits[token] - second), SURENESS - 1))
+        return token, int(min(distance, 0.999) * SURENESS)
+
+    def _draw(self, logits: _Logits) -> tuple[int, float | None]:
+        """A token of the penalised logits, and the distance of `guess` where it was drawn."""
         params = self.params
-        logits = _penalised(logits, recent, params)
         best = int(np.argmax(logits))  # NaN wins argmax, and so does +inf: one look finds both
         if not np.isfinite(logits[best]):
             raise _unusable(logits)
-        if params.temperature == 0 or params.top_k == 1:
-            return best
+        if self.is_greedy:
+            return best, None
         tokens = _top_k(logits, params.top_k)
         kept = logits[tokens].astype(np.float64)
         tokens, kept = _top_p(tokens, kept, params.top_p)
@@ -66,8 +95,11 @@ class Sampler:
         with np.errstate(over="ignore"):  # a temperature near 0: -inf is the right limit
             weights = np.exp((kept - kept[0]) / params.temperature)
         totals = np.cumsum(weights)
-        at = int(np.searchsorted(totals, self._random.random() * totals[-1], side="right"))
-        return int(tokens[min(at, len(tokens) - 1)])
+        drawn = self._random.random() * totals[-1]
+        at = min(int(np.searchsorted(totals, drawn, side="right")), len(tokens) - 1)
+        below = drawn - totals[at - 1] if at else np.inf
+        above = totals[at] - drawn if at < len(tokens) - 1 else np.inf
+        return int(tokens[at]), float(min(below, above) / totals[-1])
 
 
 def _penalised(logits: _Logits, recent: Sequence[int], params: SamplingParams) -> _Logits:

@@ -7,27 +7,18 @@ computes only what is new.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from edgert.config import SamplingParams
 from edgert.errors import CancelledError, ContextError, InputError
 from edgert.forward import Ticket
-from edgert.machine import peak_bytes
-from edgert.results import (
-    Completion,
-    FinishReason,
-    RunStats,
-    TokenEvent,
-    logits_hash,
-)
+from edgert.prompt_lookup import PromptLookup
+from edgert.results import Completion, FinishReason, RunStats, TokenEvent, logits_hash
+from edgert.run_meter import RunMeter
 from edgert.sampler import Sampler
-from edgert.speculation import MOST_DRAFTED, PromptLookup, Speculator
+from edgert.speculation import MOST_DRAFTED, Speculator
 from edgert.stop import StopMatcher
 
 if TYPE_CHECKING:
@@ -60,86 +51,6 @@ class GenerationOptions:
             raise InputError(f"speculate is {self.speculate!r}; it must be True or False")
 
 
-class _Meter:
-    """The figures of one generation, taken from the engine's counters."""
-
-    def __init__(self, engine: Engine, prompt_tokens: int, reused: int, seed: int) -> None:
-        self._engine = engine
-        self._prompt_tokens = prompt_tokens
-        self._reused = reused
-        self._seed = seed
-        self._start = self._mark()
-        self._decode = self._start
-        self._final: RunStats | None = None
-        self.generated = 0
-        self.drafted = 0  # tokens verified
-        self.accepted = 0  # of those, the ones that were sampled
-        self.prefilled = False
-        self._logits: npt.NDArray[np.float32] | None = None  # the last ones
-
-    def _mark(self) -> tuple[float, int, float]:
-        return (
-            time.perf_counter(),
-            self._engine.weights.total_read_bytes,
-            self._engine.forward.stats.stall_seconds,
-        )
-
-    def pass_done(self, logits: npt.NDArray[np.float32], drafted: int) -> None:
-        """A pass has given logits [n_tokens, n_vocab], all but the first after drafted tokens."""
-        self.drafted += drafted
-        self._logits = logits[0]
-        if not self.prefilled:
-            self.prefilled = True
-            self._decode = self._mark()
-
-    def token_sampled(self, logits: npt.NDArray[np.float32], accepted: bool) -> None:
-        """A token was sampled from a row of logits; `accepted` if it was a drafted one."""
-        self.generated += 1
-        self.accepted += accepted
-        self._logits = logits
-
-    def end(self) -> RunStats:
-        """The figures as they stay from now on."""
-        self._final = self.stats()
-        self._logits = None  # it may hold all rows of a pass
-        return self._final
-
-    def stats(self) -> RunStats:
-        """The figures so far. Not for every token: 200 us, half of them for the peak's file."""
-        if self._final is not None:
-            return self._final
-        now, read, stalled = self._mark()
-        prefill = self._decode[0] - self._start[0]
-        decode = now - self._decode[0]
-        decoded = max(self.generated - 1, 0)  # the first token comes out of the prefill
-        decode_read = read - self._decode[1] if decoded else 0
-        plan = self._engine.plan
-        computed = self._prompt_tokens - self._reused
-        return RunStats(
-            prompt_tokens=self._prompt_tokens,
-            reused_tokens=self._reused,
-            generated_tokens=self.generated,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            prefill_tok_s=computed / prefill if prefill > 0 else 0.0,
-            decode_tok_s=decoded / decode if decoded and decode > 0 else 0.0,
-            read_bytes=read - self._start[1],
-            decode_read_bytes=decode_read,
-            read_bytes_per_token=decode_read / decoded if decoded else 0.0,
-            read_bytes_per_s=decode_read / decode if decoded and decode > 0 else 0.0,
-            device_bytes_per_s=self._engine.device_bytes_per_s,
-            predicted_tok_s=self._engine.predicted_tok_s,
-            stall_share=(stalled - self._decode[2]) / decode if decoded and decode > 0 else 0.0,
-            resident_bytes=plan.resident_bytes,
-            peak_bytes=peak_bytes(),
-            page_cache_bytes=self._engine.page_cache_bytes,
-            logits_hash="" if self._logits is None else logits_hash(self._logits),
-            seed=self._seed,
-        )
-
-
 class Session:
     """One mutable timeline of tokens: prompt and answers so far, and where they end.
 
@@ -151,7 +62,7 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._ticket = Ticket()
-        self._meter: _Meter | None = None
+        self._meter: RunMeter | None = None
         self.tokens: list[int] = []
 
     @property
@@ -188,7 +99,7 @@ class Session:
             raise InputError("the prompt is empty and the model has no BOS token to begin with")
         self.tokens = tokens
         sampler = Sampler(options.sampling, options.seed)
-        meter = _Meter(engine, len(tokens), engine.forward.reused(tokens), sampler.seed)
+        meter = RunMeter(engine, len(tokens), engine.forward.reused(tokens), sampler.seed)
         self._meter = meter
         limit = room if options.max_tokens is None else min(room, options.max_tokens)
         try:
@@ -199,7 +110,7 @@ class Session:
                 self.tokens = before
 
     def _sampled(
-        self, sampler: Sampler, meter: _Meter, limit: int, options: GenerationOptions
+        self, sampler: Sampler, meter: RunMeter, limit: int, options: GenerationOptions
     ) -> Iterator[int]:
         """The tokens as they are sampled; the caller appends each to `tokens` before the next.
 
@@ -208,16 +119,15 @@ class Session:
         """
         engine, tokens, plan = self._engine, self.tokens, self._engine.plan
         most = min(options.draft_max, plan.prefill_tokens - 1, plan.logit_rows - 1)
-        speculator = Speculator(
-            PromptLookup(), engine.forward.costs, most if options.speculate else 0
-        )
+        drafters = [PromptLookup(), *engine.drafters(sampler, self._ticket)]
+        speculator = Speculator(drafters, engine.forward.costs, most if options.speculate else 0)
         progress, drafted = options.on_prefill, list[int]()
         while True:
             logits = engine.forward.evaluate(
                 [*tokens, *drafted], engine.vocab_size, last=1 + len(drafted),
                 ticket=self._ticket, progress=progress,
             )  # fmt: skip
-            meter.pass_done(logits, len(drafted))
+            meter.pass_done(logits, speculator.drafter, len(drafted))
             if not limit:
                 return
             sampled: list[int] = []
@@ -230,11 +140,12 @@ class Session:
                 if token != guess:
                     break
             speculator.learn(sampled)
-            drafted = speculator.draft(tokens, limit - meter.generated - 1)
+            with meter.drafting(speculator):
+                drafted = speculator.draft(tokens, limit - meter.generated - 1)
             progress = None
 
     def _events(
-        self, sampled: Iterator[int], meter: _Meter, limit: int, matcher: StopMatcher
+        self, sampled: Iterator[int], meter: RunMeter, limit: int, matcher: StopMatcher
     ) -> Iterator[TokenEvent]:
         engine = self._engine
         decoder = engine.tokenizer.stream_decoder(at_start=False)

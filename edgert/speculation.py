@@ -1,125 +1,97 @@
-"""Guessing tokens, so that one pass computes several: drafts, and how long they should be.
+"""Guessing tokens, so that one pass computes several: drafters, and how long drafts should be.
 
-Owns: drafters, what they are worth, what passes cost, the length that gives most tokens a second.
-Must not know models, sampling or text.
+Owns: what a drafter is, what its guesses are worth, what passes cost, the draft that gives most
+tokens a second. Must not know models, sampling or text.
 
 A draft is verified by a pass over all its tokens. Each token is then sampled from the logits it
 would have had alone (one arithmetic), by the sampler as ever, and a drafted one is kept if it is
 the one that was sampled. Drafts can therefore change the time and never a token, sampled or not.
-Speculative decoding: Leviathan et al., arXiv 2211.17192. Prompt lookup: Saxena, 2023
-(github.com/apoorvumang/prompt-lookup-decoding). Hash chains: RFC 1951, section 4.
+Speculative decoding: Leviathan et al., arXiv 2211.17192.
 """
 
 from __future__ import annotations
 
-from array import array
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
-__all__ = ["MOST_DRAFTED", "Draft", "Drafter", "PassCosts", "PromptLookup", "Speculator"]
+__all__ = ["MOST_DRAFTED", "Acceptance", "Drafter", "PassCosts", "Speculator"]
 
 MOST_DRAFTED = 63  # tokens of a draft, whatever is asked for: passes of up to 64 are timed
-LONGEST = 16  # tokens of a match; longer ones count as this long
-_SHORTEST = 2
-_BUCKETS = 1 << 14
-_WALK = 32  # matches looked at, the latest first: 10 us at worst
 
 # A draft must promise this much more than none: estimates are a few percent off.
 _MARGIN = 1.03
 _WORTH_SECONDS = 5e-4  # of a pass: guessing takes 5 to 15 us
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Guessed tokens, and for each its kind: those of one kind are right about equally often.
-
-    A kind is a number from 0 to `LONGEST`, the larger the surer.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    kinds: list[int] = field(default_factory=list)
+_TO_TIME = 3  # guesses to learn what one costs
+_FRESH = 128  # passes until a measurement is forgotten: disks, budgets and contexts change
 
 
 class Drafter(Protocol):
-    """Something that guesses how a text goes on."""
+    """Something that guesses how a text goes on, token by token."""
 
-    def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """At most `most` tokens that may follow `tokens`, which only ever grow."""
+    name: str  # in statistics
+    is_free: bool  # a guess takes next to no time: whole drafts are made, and learnt from
+    acceptance: Acceptance  # may outlive the drafter: what one generation learnt helps the next
+
+    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Guess after guess of what follows `tokens`: a token and its kind, 0 to the number of
+        kinds less one. Those of one kind are right about equally often.
+
+        Each is made when it is asked for; the time that takes is measured and weighed. An iterator
+        may be left at any point.
+        """
         ...
 
 
-class PromptLookup:
-    """Guesses that the text goes on as it did where its end was seen before.
+class Acceptance:
+    """How often guesses of each kind are right, and what one costs: learnt as they are verified."""
 
-    Takes the longest match (up to `LONGEST` tokens, at least 2) of the latest `walk` places that
-    end in the same two tokens, of equally long ones the latest. As in LZ77 the copy may run into
-    itself. 4 bytes a token and 64 KiB of memory; 2 to 10 us a call.
-    """
+    _MEMORY = 0.97  # what an observation counts after the next one of its kind
+    _PRIOR = 2.0  # observations that the first estimate counts as
+    _KEPT = 9  # guesses whose median time is what one costs
 
-    def __init__(self, walk: int = _WALK) -> None:
-        self._walk = walk
-        self._latest = array("i", [-1]) * _BUCKETS  # place where a pair with this hash was seen
-        self._earlier = array("i")  # for each place the one before it in the same bucket
+    def __init__(self, priors: Sequence[float]) -> None:
+        """`priors`: for each kind, how often its guesses are right to begin with."""
+        self._tried = [self._PRIOR] * len(priors)
+        self._right = [self._PRIOR * prior for prior in priors]
+        self._seen = [self._PRIOR, self._PRIOR * sum(priors) / len(priors)]  # of all kinds
+        self._seconds = deque[float](maxlen=self._KEPT)
+        self._idle = 0
 
-    def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """As `Drafter.draft`. The kind of a token is the length of the match in front of it."""
-        self._index(tokens)
-        length, end = self._longest_match(tokens)
-        if not length:
-            return Draft()
-        n = len(tokens)
-        copied = list(tokens[end + 1 : end + 1 + most])
-        while len(copied) < most:
-            copied.append(copied[end + 1 + len(copied) - n])
-        return Draft(copied, [min(length + i, LONGEST) for i in range(most)])
+    def chance(self, kind: int) -> float:
+        """Of a guess of this kind behind right ones."""
+        return self._right[kind] / self._tried[kind]
 
-    def _index(self, tokens: Sequence[int]) -> None:
-        latest, earlier = self._latest, self._earlier
-        for i in range(len(earlier), len(tokens)):
-            bucket = (tokens[i - 1] * 40503 + tokens[i]) % _BUCKETS if i else 0
-            earlier.append(latest[bucket])
-            latest[bucket] = i
+    @property
+    def mean(self) -> float:
+        """Of a guess whose kind is not known yet."""
+        return self._seen[1] / self._seen[0]
 
-    def _longest_match(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """Length of the best match and the place of its last token; 0 without one."""
-        n = len(tokens)
-        most = min(LONGEST, n - 1)
-        best, found = _SHORTEST - 1, -1
-        end = self._earlier[n - 1] if n else -1
-        for _ in range(self._walk):
-            if end < best:  # also the end of the chain
-                break
-            if tokens[end - best] == tokens[n - 1 - best]:  # else it cannot be longer
-                length = 0
-                while (
-                    length < most
-                    and end >= length
-                    and tokens[end - length] == tokens[n - 1 - length]
-                ):
-                    length += 1
-                if length > best:
-                    best, found = length, end
-                    if best >= most:
-                        break
-            end = self._earlier[end]
-        return (best, found) if found >= 0 else (0, -1)
+    @property
+    def seconds(self) -> float | None:
+        """What a guess costs; None until one was timed, or long after."""
+        times = sorted(self._seconds)
+        return times[len(times) // 2] if times else None
 
+    def timed(self, seconds: float) -> None:
+        """A guess took so long."""
+        self._seconds.append(seconds)
+        self._idle = 0
 
-def lookup_ref(tokens: Sequence[int], most: int) -> list[int]:
-    """The draft of `PromptLookup` that looks at every place."""
-    n, best, found = len(tokens), _SHORTEST - 1, -1
-    for end in range(n - 2, -1, -1):
-        length = 0
-        while length < min(LONGEST, end + 1) and tokens[end - length] == tokens[n - 1 - length]:
-            length += 1
-        if length > best:
-            best, found = length, end
-    text = list(tokens)
-    for i in range(most if found >= 0 else 0):
-        text.append(text[found + 1 + i])
-    return text[n:]
+    def unused(self) -> None:
+        """A pass without guesses. After many, costs and hopes are old: one guess is due."""
+        self._idle += 1
+        if self._idle >= _FRESH:
+            self._seconds.clear()
+
+    def learn(self, kind: int, right: bool) -> None:
+        """A guess of this kind was verified."""
+        self._tried[kind] = self._tried[kind] * self._MEMORY + 1
+        self._right[kind] = self._right[kind] * self._MEMORY + right
+        self._seen = [self._seen[0] * self._MEMORY + 1, self._seen[1] * self._MEMORY + right]
 
 
 class PassCosts:
@@ -130,7 +102,6 @@ class PassCosts:
     """
 
     _KEPT = 5  # the median of so many: a disk stutters
-    _FRESH = 128  # passes until a measurement is forgotten: disks, budgets and contexts change
 
     def __init__(self, growth: float, most: int = MOST_DRAFTED + 1) -> None:
         self._growth = growth
@@ -157,7 +128,7 @@ class PassCosts:
         """Seconds of passes of 0 (not used) to `most` tokens; empty if one of 1 is to be timed."""
         costs = [0.0, 0.0]  # as far as the largest size that was timed, then to the end
         for n in range(1, most + 1):
-            if self._passes - self._last[n] > self._FRESH:
+            if self._passes - self._last[n] > _FRESH:
                 self._seconds[n].clear()
             times = sorted(self._seconds[n])
             if not times and n == 1:
@@ -176,56 +147,133 @@ class PassCosts:
         return costs
 
 
-class Speculator:
-    """Decides how many tokens to guess: as many as give most tokens a second, often none.
+@dataclass(slots=True)
+class _Draft:
+    """Guesses of one drafter before one pass."""
 
-    How often guesses of each kind are right is learnt from every token, drafted or not. Of one
-    generation; not thread-safe.
+    drafter: Drafter
+    tokens: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+
+
+class Speculator:
+    """Decides who guesses and how many tokens: those that give most tokens a second, often none.
+
+    How often guesses of each kind are right is learnt from every token; of free drafters also
+    while nothing of theirs is verified. Of one generation; not thread-safe.
     """
 
-    _MEMORY = 0.97  # what an observation counts after the next one of its kind
-    _PRIOR = 2.0  # observations that the first estimate counts as
-
-    def __init__(self, drafter: Drafter, costs: PassCosts, most: int) -> None:
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        costs: PassCosts,
+        most: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """`most` tokens of a draft; 0 turns guessing off."""
-        self._drafter = drafter
+        self._drafters = drafters
         self._costs = costs
         self._most = most
-        self._guess = Draft()
-        self._tried = [self._PRIOR] * (LONGEST + 1)
-        self._right = [self._PRIOR * kind / (kind + 4) for kind in range(LONGEST + 1)]
+        self._clock = clock
+        self._made: list[_Draft] = []
+        self.drafter = ""  # name of the one whose guesses are verified next
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
         """The tokens to verify with the next pass, at most `most`."""
         most = min(most, self._most)
+        self._made, self.drafter = [], ""
         if most < 1 or self._costs.latest < _WORTH_SECONDS:
-            self._guess = Draft()
             return []
-        self._guess = self._drafter.draft(tokens, most)
-        return self._guess.tokens[: self._length(most)]
-
-    def _length(self, most: int) -> int:
-        """The length that gives most tokens a second."""
-        kinds = self._guess.kinds[:most]
-        if not kinds:
-            return 0
-        costs = self._costs.table(len(kinds) + 1)
+        for drafter in self._drafters:
+            if drafter.is_free:
+                pairs = list(islice(drafter.guesses(tokens), most))
+                self._made.append(_Draft(drafter, [t for t, _ in pairs], [k for _, k in pairs]))
+        costs = self._costs.table(most + 1)
         if not costs:
-            return 0
-        length, rate = 0, _MARGIN / costs[1]
-        expected = chance = 1.0
-        for n, kind in enumerate(kinds, 1):
-            chance *= self._right[kind] / self._tried[kind]
-            expected += chance
-            if expected > rate * costs[n + 1]:
-                length, rate = n, expected / costs[n + 1]
-        return length
+            return []
+        rate, draft, length = _MARGIN / costs[1], None, 0
+        for made in self._made:
+            better = _best_length(made, costs, rate)
+            if better is not None:
+                (rate, length), draft = better, made
+        costly = self._costly(costs, most, rate)
+        if costly is not None and (made := self._guess(costly, tokens, costs, most)).tokens:
+            draft, length = made, len(made.tokens)
+        for drafter in self._drafters:
+            if not drafter.is_free and (draft is None or drafter is not draft.drafter):
+                drafter.acceptance.unused()
+        if draft is None or not length:
+            return []
+        self.drafter = draft.drafter.name
+        return draft.tokens[:length]
+
+    def _costly(self, costs: Sequence[float], most: int, rate: float) -> Drafter | None:
+        """The drafter that takes time and promises more than `rate`, or is to be timed."""
+        best = None
+        for drafter in self._drafters:
+            if drafter.is_free:
+                continue
+            if drafter.acceptance.seconds is None:
+                return drafter
+            promised = _promise(drafter.acceptance, costs, most)
+            if promised > rate:
+                rate, best = promised, drafter
+        return best
+
+    def _guess(
+        self, drafter: Drafter, tokens: Sequence[int], costs: Sequence[float], most: int
+    ) -> _Draft:
+        """Guesses until the expected gain of one more is below what it costs.
+
+        A second is worth what the drafter gives a second on the whole (renewal reward): a draft
+        that began badly is left sooner than its own rate would say.
+        """
+        learnt, made = drafter.acceptance, _Draft(drafter)
+        self._made.append(made)
+        each = learnt.seconds
+        rate = 0.0 if each is None else _promise(learnt, costs, most)
+        guesses, chance = drafter.guesses(tokens), 1.0
+        for n in range(most if each is not None else min(most, _TO_TIME)):
+            more = (each or 0.0) + costs[n + 1] - costs[max(n, 1)]
+            if n and chance * learnt.mean <= rate * more:
+                break
+            begin = self._clock()
+            found = next(guesses, None)
+            if found is None:
+                break
+            learnt.timed(self._clock() - begin)
+            made.tokens.append(found[0])
+            made.kinds.append(found[1])
+            chance *= learnt.chance(found[1])
+        return made
 
     def learn(self, sampled: Sequence[int]) -> None:
         """`sampled` came out of the last pass: right guesses, then one that was none of them."""
-        guess = self._guess
-        for token, kind, found in zip(guess.tokens, guess.kinds, sampled, strict=False):
-            self._tried[kind] = self._tried[kind] * self._MEMORY + 1
-            self._right[kind] = self._right[kind] * self._MEMORY + (token == found)
-            if token != found:
-                break
+        for made in self._made:
+            for token, kind, found in zip(made.tokens, made.kinds, sampled, strict=False):
+                made.drafter.acceptance.learn(kind, token == found)
+                if token != found:
+                    break
+
+
+def _best_length(made: _Draft, costs: Sequence[float], rate: float) -> tuple[float, int] | None:
+    """Tokens a second and length of the best part of a draft, if it gives more than `rate`."""
+    best = None
+    expected = chance = 1.0
+    for n, kind in enumerate(made.kinds, 1):
+        chance *= made.drafter.acceptance.chance(kind)
+        expected += chance
+        if expected > rate * costs[n + 1]:
+            rate = expected / costs[n + 1]
+            best = rate, n
+    return best
+
+
+def _promise(learnt: Acceptance, costs: Sequence[float], most: int) -> float:
+    """Tokens a second with the best number of guesses of unknown kinds."""
+    best, expected, chance = 0.0, 1.0, 1.0
+    for n in range(1, most + 1):
+        chance *= learnt.mean
+        expected += chance
+        best = max(best, expected / (n * (learnt.seconds or 0.0) + costs[n + 1]))
+    return best

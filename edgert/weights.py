@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgert.elastic import Rooms, elastic_bytes, leaving_order
+from edgert.elastic import Rooms, Unit, elastic_bytes
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.layout import TILE_ROWS, tile_bytes
-from edgert.kernels_cpu.program import Experts, Matrix, Segment
-from edgert.placing import place_expert, place_rows
+from edgert.kernels_cpu.layout import TILE_ROWS
+from edgert.kernels_cpu.program import Experts, Matrix
+from edgert.models.graph import WeightSource
+from edgert.placing import place_expert
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan, expert_parts
 from edgert.quant.reference import dequantize_ref
@@ -33,7 +34,8 @@ from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import ReaderTeam
 from edgert.storage.streamer import Streamer, Tile
 from edgert.storage.window import Window
-from edgert.timeline import Span, no_span, place_in_file
+from edgert.tile_memory import DraftWeights, TileMemory
+from edgert.timeline import Span, no_span
 from edgert.units import align_up
 
 __all__ = ["Weights"]
@@ -75,7 +77,7 @@ class Weights:
             name: arena.take(name, nbytes, _PAGE, room=getattr(rooms, name) if rooms else nbytes)
             for name, nbytes in sizes.items()
         }
-        self._resident, self._embedding = spaces["resident"], spaces["embedding"]
+        self._embedding = spaces["embedding"]
         self._window, self._expert_window = spaces["window"], spaces["experts"]
         self._staging = [
             arena.take(f"staging {i}", plan.staging_bytes, _PAGE)
@@ -89,19 +91,14 @@ class Weights:
         row_bytes = entry.format.row_bytes(entry.shape[1])
         self._row = arena.take("token row", align_up(row_bytes + 2 * _PAGE, _PAGE), _PAGE)
         self._vector_space = arena.take("vectors", need.vector_bytes, 64)
-        self._offsets: dict[tuple[str, int], int] = {}
-        offset = 0
-        for number in leaving_order(plan):
-            tile = plan.tiles[number]
-            self._offsets[tile.tensor, tile.first_row] = offset
-            offset += tile.nbytes
+        self._tiles = TileMemory(manifest, plan, spaces["resident"], span)
 
     # ---- opening -------------------------------------------------------------------------------
 
     def open(self, progress: Progress | None = None) -> None:
         """Read everything resident, then start the streamers. Raises `StorageError`."""
         self._load_vectors()
-        self._load_tiles([t for t in self._plan.tiles if t.stream_index < 0], progress)
+        self._load_tiles(list(self._tiles.units(self._plan)), progress)
         if self._plan.embedding_resident:
             self._load_embedding(progress)
         self._make_streamers()
@@ -127,26 +124,27 @@ class Weights:
         ]
         return rates[1]
 
-    def _load_tiles(self, tiles: Sequence[TilePlan], progress: Progress | None) -> None:
-        """Read and place tiles that are to be resident."""
+    def _load_tiles(
+        self, units: Sequence[tuple[Unit, TilePlan]], progress: Progress | None
+    ) -> None:
+        """Read and place what is to be resident."""
         team = ReaderTeam(self._backend, self._staging, "edgert-load")
         placed = SimpleQueue[int]()
-        left = iter(tiles)
+        left = iter(units)
 
-        def take() -> tuple[Sequence[Extent], TilePlan] | None:
+        def take() -> tuple[Sequence[Extent], tuple[Unit, TilePlan]] | None:
             with team.lock:
-                tile = None if team.stopping else next(left, None)
-            return None if tile is None else ((tile.extent,), tile)
+                unit = None if team.stopping else next(left, None)
+            return None if unit is None else (self._tiles.parts(*unit), unit)
 
-        def place(tile: TilePlan, raw: list[_Bytes]) -> None:
-            at = self._offsets[tile.tensor, tile.first_row]
-            self._place_tile(tile, raw[0], self._resident[at:])
-            placed.put(tile.extent.nbytes)
+        def place(unit: tuple[Unit, TilePlan], raw: list[_Bytes]) -> None:
+            self._tiles.place(*unit, raw)
+            placed.put(unit[0].nbytes)
 
-        total, done, count = sum(t.extent.nbytes for t in tiles), 0, 0
+        total, done, count = sum(unit.nbytes for unit, _ in units), 0, 0
         try:
             team.start_pipeline(take, place)
-            while count < len(tiles) and not team.failed[0]:
+            while count < len(units) and not team.failed[0]:
                 with suppress(Empty):  # a failure is looked for now and then
                     done += placed.get(timeout=0.1)
                     count += 1
@@ -189,13 +187,6 @@ class Weights:
             if progress:
                 progress(at + part.nbytes, extent.nbytes)
 
-    def _place_tile(self, tile: TilePlan, raw: _Bytes, out: _Bytes) -> None:
-        entry = self._manifest.tensors[tile.tensor]
-        name = "place resident" if tile.stream_index < 0 else "place tile"
-        at = place_in_file(tile.extent.file_index, tile.extent.offset)
-        with self._span(name, at, tile.nbytes):
-            place_rows(entry, tile.rows, raw, out[: tile.nbytes])
-
     def _make_streamers(self) -> None:
         """Both streamers of the plan as it is; `reset` sets them going."""
         plan = self._plan
@@ -216,10 +207,10 @@ class Weights:
             return None
         return Streamer(
             self._backend,
-            [Tile(t.stream_index, (t.extent,), t.nbytes) for t in streamed],
+            [Tile(t.stream_index, t.reads, t.nbytes) for t in streamed],
             Window(self._window[: plan.slots * plan.slot_bytes], plan.slot_bytes),
             self._ring_staging,
-            lambda tile, raw, slot: self._place_tile(streamed[tile.index], raw[0], slot),
+            lambda tile, raw, slot: self._tiles.place_streamed(streamed[tile.index], raw, slot),
         )
 
     def _slots_of(self, plan: Plan) -> Window:
@@ -248,9 +239,8 @@ class Weights:
         more = sum(elastic_bytes(plan).values()) - sum(elastic_bytes(before).values())
         try:
             self._move_ends(plan, arena_bytes + more)
-            pairs = zip(plan.tiles, before.tiles, strict=True)
-            added = [t for t, b in pairs if t.stream_index < 0 <= b.stream_index]
-            self._load_tiles(added, progress)
+            had = sum(1 for _ in self._tiles.units(before))
+            self._load_tiles(list(self._tiles.units(plan))[had:], progress)
             if plan.embedding_resident and not before.embedding_resident:
                 self._load_embedding(progress)
         except BaseException:
@@ -293,23 +283,12 @@ class Weights:
         return self._vectors[name][:length]
 
     def matrix(self, name: str) -> Matrix:
-        """A matrix as its segments; neighbouring resident tiles are one segment."""
-        entry = self._manifest.tensors[name]
-        base = int(self._resident.ctypes.data)
-        segments: list[Segment] = []
-        for tile in (t for t in self._plan.tiles if t.tensor == name):
-            tiles = -(-tile.rows // TILE_ROWS)
-            if tile.stream_index >= 0:
-                segments.append(Segment(tiles, 0, tile.stream_index))
-                continue
-            address = base + self._offsets[name, tile.first_row]
-            last = segments[-1] if segments else None
-            nbytes = tile_bytes(entry.format, entry.shape[1])
-            if last and last.stream_index < 0 and last.address + last.tiles * nbytes == address:
-                segments[-1] = Segment(last.tiles + tiles, last.address)
-            else:
-                segments.append(Segment(tiles, address))
-        return Matrix(entry.format, entry.shape[1], tuple(segments), name)
+        """A matrix as its segments."""
+        return self._tiles.matrix(self._plan, name)
+
+    def for_drafting(self) -> WeightSource | None:
+        """The weights to draft with, or None where something is not in memory at all."""
+        return DraftWeights(self, self._tiles, self._plan) if self._plan.can_draft else None
 
     def expert_record(self, layer: int) -> Experts:
         """Formats and offsets of a layer's experts."""

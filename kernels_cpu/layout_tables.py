@@ -144,6 +144,8 @@ PIECES: dict[str, tuple[Piece, ...]] = {
     "P3_32": (_D, _M, (4, 4, 3)),
     "P3_128": (_D, _M, *_repeated(4, (4, 8, 4, 2), (36, 4, 4, 1))),
 }
+for _bits in (3, 4, 5):
+    PIECES[f"B{_bits}"] = (_D, (2, 4, _bits))
 for _bits in (1, 2, 4):
     for _blocks in (1, 4):
         PIECES[f"P{_bits}_{32 * _blocks}"] = (_D, _M, (4, 4, _bits * _blocks))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edgert.errors import InputError, UnsupportedError
 from edgert.kernels_cpu import (
     activations,
+    matmul_base,
     matmul_block32,
     matmul_float,
     matmul_k16,
@@ -37,6 +38,7 @@ _KERNELS: dict[str, Kernel] = {
     **matmul_k16.KERNELS,
     **matmul_k32.KERNELS,
     **matmul_planes.KERNELS,
+    **matmul_base.KERNELS,
 }
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]

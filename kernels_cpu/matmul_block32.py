@@ -44,7 +44,7 @@ from edgert.kernels_cpu.packs import (
 )
 from edgert.kernels_cpu.simd import vor
 
-__all__ = ["KERNELS", "dot_codes", "dot_nibbles"]
+__all__ = ["KERNELS", "dot_codes", "dot_fives", "dot_nibbles"]
 
 # Bytes of a block of 16 rows: scales (and offsets), fifth bits, then units of 4 bytes a row. In
 # unit v of a 4-bit format weights 4v + j are the low nibbles, weights 16 + 4v + j the high ones.
@@ -82,7 +82,7 @@ def dot_nibbles(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _dot_fives(w: Any, xs: Any, acc: Any) -> Any:
+def dot_fives(w: Any, xs: Any, acc: Any) -> Any:
     """Totals of 32 weights 0..31: fifth bits at `w`, then 4 units of nibbles."""
     h = weights(acc, w)
     w += 64
@@ -122,7 +122,7 @@ def _dot_q4_0(w: Any, xs: Any, acc: Any) -> Any:
 
 @inline
 def _dot_q5_0(w: Any, xs: Any, acc: Any) -> Any:
-    return dot_pairs(_dot_fives(w, xs, acc), _minus_16(acc), xs, 0)
+    return dot_pairs(dot_fives(w, xs, acc), _minus_16(acc), xs, 0)
 
 
 @inline
@@ -198,7 +198,7 @@ def _q4_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
 
 @inline
 def _q5_1(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _scaled_and_offset(_dot_fives, _prefetch_6, _Q5_1_BYTES, p, part, K, xs)
+    return _scaled_and_offset(dot_fives, _prefetch_6, _Q5_1_BYTES, p, part, K, xs)
 
 
 @kernel(MATMUL)

@@ -36,7 +36,7 @@ from edgert.kernels_cpu.packs import (
 from edgert.kernels_cpu.simd import ld_i64
 from edgert.quant.formats import PLANES
 
-__all__ = ["DIRECT", "KERNELS", "LOOKUP"]
+__all__ = ["DIRECT", "KERNELS", "LOOKUP", "dot_threes"]
 
 _bit_0, _bit_1, _bit_2, _bit_3 = (field(i, 1) for i in range(4))
 _bit_4, _bit_5, _bit_6, _bit_7 = (field(i, 1) for i in range(4, 8))
@@ -72,7 +72,7 @@ def _two(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _three(w: Any, xs: Any, acc: Any) -> Any:
+def dot_threes(w: Any, xs: Any, acc: Any) -> Any:
     """Totals of 32 weights 0..7: low bits as in `_two`, then the high ones as in `_one`."""
     h, q = weights(acc, w + 128), weights(acc, w)
     n = _three_0(q, h)
@@ -128,12 +128,12 @@ def _p2_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
 
 @inline
 def _p3_32(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_three, _prefetch_3, 3, 1, p, part, K, xs)
+    return _groups(dot_threes, _prefetch_3, 3, 1, p, part, K, xs)
 
 
 @inline
 def _p3_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_three, _prefetch_3, 3, 4, p, part, K, xs)
+    return _groups(dot_threes, _prefetch_3, 3, 4, p, part, K, xs)
 
 
 @inline

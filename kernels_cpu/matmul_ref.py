@@ -9,6 +9,7 @@ blocks b = 0, 1, 2, ... of 32 weights:
 
     format                        dot                                 scale     offset
     Q8_0 Q4_0 Q5_0 IQ4_NL MXFP4   sum q * q_x                         d
+    B3 B4 B5                      sum q * q_x                         d / 2
     Q4_1 Q5_1 P1_32 .. P4_128     sum q * q_x                         d         m
     IQ4_XS                        sum q * q_x                         d * sc_b
     Q4_K Q5_K                     sum q * q_x                         d * sc_b  -(m * mn_b)
@@ -18,8 +19,8 @@ blocks b = 0, 1, 2, ... of 32 weights:
 with the q, d, m, scales and mins of `edgert.quant.reference`, sums over the block, and Q2_K's
 mins_b = sum over both 16s mn * sum q_x. |q_x| <= 127. All dots are exact integers below 2**24 in
 magnitude, so exact in float32: the largest are Q6_K's 128 * 32 * 32 * 127 = 16,646,144, Q3_K's
-32 * 4 * 32 * 127 = 520,192 and IQ4's 127 * 32 * 127 = 516,128. d * sc and m * mn are exact too
-(a float16 and 7 bits with sign).
+32 * 4 * 32 * 127 = 520,192, the bases' 249 * 32 * 127 = 1,011,936 and IQ4's 127 * 32 * 127 =
+516,128. d * sc and m * mn are exact too (a float16 and 7 bits with sign), and so is d / 2.
 
 Float weights take float activations: four sums over k mod 4, acc_p = fma(w[k], x[k], acc_p),
 combined (acc_0 + acc_1) + (acc_2 + acc_3).
@@ -36,12 +37,12 @@ import numpy.typing as npt
 
 from edgert.kernels_cpu.activations import BLOCK, RECORD
 from edgert.kernels_cpu.vmath import fma_ref
-from edgert.quant.formats import BY_NAME, PLANES, QuantFormat
+from edgert.quant.formats import FORMATS, QuantFormat
 from edgert.quant.reference import dequantize_ref, numbers_ref
 
 __all__ = ["QUANTIZED_INPUT", "matmul_ref"]
 
-QUANTIZED_INPUT = (*(f.name for f in BY_NAME.values() if not f.is_float), *PLANES)
+QUANTIZED_INPUT = tuple(f.name for f in FORMATS.values() if not f.is_float)
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]
 

@@ -19,6 +19,7 @@ Activations are rows of blocks (`activations`): 32 int8, scale, two sums, scale 
     mac_s8(totals, w, xs, offset)        four products of each row, w signed
     scaled_16(acc, w0, w1, w2, w3, xs, offset, scale) -> totals      scale * 16 products
     dot_pairs(totals, pairs, xs, offset)       totals + pairs . (the two sums of the block)
+    times(factor)(totals)                      each total times a constant
     fma_totals(acc, totals, scale, xs, offset) acc = fma(float(total), scale * d_x, acc)
     fma_sum(acc, m, xs, offset)                acc = fma(m, d_x * float(sum_x), acc)
     fma_pairs(acc, m, pairs, xs, offset)       acc = fma(float(pairs . sums), m * d_x, acc)
@@ -53,9 +54,9 @@ from edgert.kernels_cpu.vectors import (
 __all__ = [
     "Pack", "accumulators", "add", "add_floats", "addresses", "bfloats", "bytes_as_float",
     "constant_pairs", "dot_pairs", "exponents", "floats", "fma_pairs", "fma_sum", "fma_totals",
-    "fma_values", "halves", "integers", "mac_s8", "mac_u8", "pairs", "scaled_16",
-    "signed_bytes_as_float", "signed_totals", "step", "store_pack", "total", "unsigned_pairs",
-    "weights",
+    "fma_values", "half_scales", "halves", "integers", "mac_s8", "mac_u8", "pairs", "scaled_16",
+    "signed_bytes_as_float", "signed_totals", "step", "store_pack", "times", "total",
+    "unsigned_pairs", "weights",
 ]  # fmt: skip
 
 _SCALE, _SUMS, _SCALED_SUM = 32, 36, 40  # offsets in a block of activations
@@ -220,6 +221,17 @@ mac_s8 = _operation(4, lambda totals, w, xs, offset: totals, _mac(dots.mac_s8))
 total = _operation(
     1, _total_type, lambda b, kind, sums: _each(b, lambda s: dots.sum_u8(b, s), sums)
 )
+
+
+def times(factor: int) -> Any:
+    """multiply(totals) -> each times `factor`."""
+
+    def emit(b: Any, kind: Any, totals: Any) -> Any:
+        return _each(b, lambda i: b.mul(i, constant(i.type, [factor] * i.type.count)), totals)
+
+    return _operation(1, lambda totals: totals, emit)
+
+
 add = _operation(2, lambda p, q: p, lambda b, kind, p, q: _each(b, b.add, p, q))
 add_floats = _operation(2, lambda p, q: p, lambda b, kind, p, q: _each(b, b.fadd, p, q))
 signed_totals = _operation(3, lambda acc, xs, offset: _totals(acc), _signed_totals)
@@ -289,6 +301,10 @@ def _load_halves(b: Any, kind: Vec, acc: Any, address: Any) -> Any:
     return half_to_float(cpu_target.target_context, b, load(b, address, vec("i16", kind.n).llvm))
 
 
+def _load_half_scales(b: Any, kind: Vec, acc: Any, address: Any) -> Any:
+    return b.fmul(_load_halves(b, kind, acc, address), constant(kind.llvm, [0.5] * kind.n))
+
+
 def _load_shifted(source: str, shift: int) -> _Emit:
     def emit(b: Any, kind: Vec, acc: Any, address: Any) -> Any:
         wide = vec("i32", kind.n).llvm
@@ -328,6 +344,7 @@ bytes_as_float = _loader("i8", 1, ("zext", "uitofp"), "f32")
 signed_bytes_as_float = _loader("i8", 1, ("sext", "sitofp"), "f32")
 floats = _loader("f32", 1, (), "f32")
 halves = _operation(2, _f32_rows, _load_halves)
+half_scales = _operation(2, _f32_rows, _load_half_scales)  # each times 0.5
 bfloats = _operation(2, _f32_rows, _load_shifted("i16", 16))
 exponents = _operation(2, _f32_rows, _load_exponents)
 

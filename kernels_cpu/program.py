@@ -7,7 +7,7 @@ what follows what is models/graph.py's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class Segment:
     tiles: int
     address: int
     stream_index: int = -1
+    format: QuantFormat | None = None  # of these tiles, where it is not the matrix's
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,10 @@ class Program:
     counter_bytes: int
     kernels: tuple[Kernel, ...]  # kept alive: rows hold their addresses
     names: tuple[str, ...]  # of each row, for people
+
+    def part(self, first: int, end: int) -> Program:
+        """Rows `first` to `end` alone; the row before each must be a barrier."""
+        return replace(self, rows=self.rows[first:end], names=self.names[first:end])
 
 
 class ProgramBuilder:
@@ -133,9 +138,9 @@ class ProgramBuilder:
 
         `index` is the address of 0, 1, 2, ... as int64, as long as tokens there can be.
         """
-        kernel = matmul_kernel(matrix.format)
         first = 0
         for segment in matrix.segments:
+            kernel = matmul_kernel(segment.format or matrix.format)
             row = self._row(rows.MATMUL, kernel, matrix.name)
             row[rows.UNITS] = segment.tiles
             row[rows.CHUNK] = CHUNK_MAX

@@ -2,7 +2,7 @@
 
 Owns: type ids, block sizes and the arithmetic that ties them. Must not know files or kernels.
 Source: ggml's `ggml-common.h` block structures, whose sizes are asserted here at import; the
-plane formats are edgert's own and have no type id.
+plane formats and the bases are edgert's own and have no type id.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from math import prod
 
 from edgert.errors import UnsupportedError
 
-__all__ = ["BY_NAME", "BY_TYPE_ID", "PLANES", "PlaneFormat", "QuantFormat", "format_of"]
+__all__ = [
+    "BASES", "BY_NAME", "BY_TYPE_ID", "FORMATS", "PLANES", "BaseFormat", "PlaneFormat",
+    "QuantFormat", "format_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,17 @@ class PlaneFormat(QuantFormat):
     """Weights d * q + m of `bits` bits: one float16 scale and offset for a block."""
 
     bits: int  # 1 to 4
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFormat(QuantFormat):
+    """The top `bits` bits of a Q8_0 block with its float16 scale: what a nested pack begins with.
+
+    A code u = (q + 128) >> (8 - bits) stands for the middle of the 2^(8 - bits) codes q that have
+    these top bits, so it needs no offset of its own: w = d * (q_low + (2^(8 - bits) - 1) / 2).
+    """
+
+    bits: int  # 3 to 5
 
 
 def _record(name: str, type_id: int, block_size: int, *parts: int) -> QuantFormat:
@@ -97,6 +111,12 @@ _PLANE_BYTES = {
     "P3_32": 16, "P3_128": 52, "P4_32": 20, "P4_128": 68,
 }  # fmt: skip
 assert {name: f.block_bytes for name, f in PLANES.items()} == _PLANE_BYTES
+
+# The widths with a kernel: fewer bits guess too few tokens, more leave too little to stream.
+BASES: dict[int, BaseFormat] = {b: BaseFormat(f"B{b}", -1, 32, 2 + 4 * b, b) for b in (3, 4, 5)}
+FORMATS: dict[str, QuantFormat] = {  # every format by its name
+    **BY_NAME, **PLANES, **{f.name: f for f in BASES.values()},
+}  # fmt: skip
 
 # Types GGML defines that edgert does not run, so that a refusal can name them.
 _KNOWN_UNSUPPORTED = {

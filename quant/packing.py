@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import BY_NAME, PLANES, QuantFormat
+from edgert.quant.formats import BASES, FORMATS, PLANES, QuantFormat
 
 __all__ = ["Array", "Part", "layout", "pack", "pack_planes", "unpack", "unpack_planes"]
 
@@ -89,9 +89,17 @@ def _plane_parts(bits: int, group: int) -> tuple[Part, ...]:
     return (_D, _M, _planes("codes", group * bits // 8, bits, 4 * bits))
 
 
+def _base_parts(bits: int) -> tuple[Part, ...]:
+    """The order in which its kernel reads them; the fifth bit comes before the nibbles."""
+    if bits == 5:
+        return (_D, _planes("high", 4, 1, 4), _planes("low", 16, 4, 16))
+    return tuple(part for part in _plane_parts(bits, 32) if part is not _M)
+
+
 _LAYOUT |= {name: _plane_parts(f.bits, f.block_size) for name, f in PLANES.items()}
+_LAYOUT |= {f.name: _base_parts(bits) for bits, f in BASES.items()}
 for _name, _parts in _LAYOUT.items():
-    assert sum(p.nbytes for p in _parts) == (BY_NAME | PLANES)[_name].block_bytes, _name
+    assert sum(p.nbytes for p in _parts) == FORMATS[_name].block_bytes, _name
 
 
 def layout(fmt: QuantFormat) -> tuple[Part, ...]:

@@ -12,12 +12,13 @@ written: `(d * scale) * q` and `d * (scale * q)` differ in the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import PLANES, QuantFormat
+from edgert.quant.formats import BASES, PLANES, QuantFormat
 from edgert.quant.packing import Array, unpack
 
 __all__ = [
@@ -41,7 +42,7 @@ class Numbers(NamedTuple):
     """
 
     d: Array  # float32 [..., blocks, 1]
-    q: Array  # int8 [..., blocks, weights of a block]
+    q: Array  # int8, of bases int16 [..., blocks, weights of a block]
     m: Array | None = None  # float32 [..., blocks, 1]
     scales: Array | None = None  # int8 [..., blocks, sub-blocks]
     mins: Array | None = None  # int8 [..., blocks, sub-blocks]
@@ -164,6 +165,18 @@ def _plane(f: _Fields) -> Numbers:
     return Numbers(_f(f["d"]), codes, _f(f["m"]))
 
 
+def _base(bits: int, f: _Fields) -> Numbers:
+    """w = (d / 2) * (2 s u - 257 + s), s = 2^(8 - bits), u in 0..2^bits - 1: the middle of s codes.
+
+    u is (q + 128) >> (8 - bits) of the block of Q8_0 that it was taken from.
+    """
+    low_bits = {3: 2, 5: 4}.get(bits)
+    codes = _joined(f, "low", "high", low_bits) if low_bits else f["codes"]
+    steps = 2 ** (8 - bits)
+    q = codes.astype(np.int16) * np.int16(2 * steps) - np.int16(257 - steps)
+    return Numbers(_f(f["d"]) * np.float32(0.5), q)
+
+
 _FLOATS: dict[str, Callable[[Array], Array]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
 _NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "Q8_0": _q8_0,
@@ -180,6 +193,7 @@ _NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
     **dict.fromkeys(PLANES, _plane),
+    **{f.name: partial(_base, bits) for bits, f in BASES.items()},
 }
 
 

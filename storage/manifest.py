@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from edgert.quant.formats import QuantFormat
+from edgert.quant.formats import BASES, QuantFormat
 
 __all__ = ["TILE_ROWS", "Extent", "Manifest", "TensorEntry"]
 
@@ -34,14 +35,20 @@ class TensorEntry:
 
     A GGUF holds rows one after another. A pack may hold them as compiled code wants them, in tiles
     of 16, and then the E matrices of a stack lie `stride` bytes apart: `extent` is the first.
+
+    A nested matrix (Q8_0, one matrix) is in tiles too, but in `parts`, most significant bits first:
+    part 0 holds the scales and `part_bits[0]` bits of each code, and so on. `extent` then has the
+    offset of part 0 and the bytes of all parts.
     """
 
     name: str
     format: QuantFormat
     shape: tuple[int, ...]
     extent: Extent
-    layout: Literal["rows", "tiles"] = "rows"
+    layout: Literal["rows", "tiles", "nested"] = "rows"
     stride: int = 0  # bytes from one matrix of a stack in tiles to the next
+    parts: tuple[Extent, ...] = ()
+    part_bits: tuple[int, ...] = ()  # together 8
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +59,26 @@ class TensorEntry:
     def parameters(self) -> int:
         """Number of weights."""
         return prod(self.shape)
+
+    @property
+    def base_bits(self) -> tuple[int, ...]:
+        """Widths that can be a base: those of the first parts together that have a kernel."""
+        return tuple(b for b in accumulate(self.part_bits) if b in BASES)
+
+    def base_parts(self, bits: int) -> int:
+        """How many of the first parts make the base of `bits` bits; 0 for 0."""
+        return (0, *accumulate(self.part_bits)).index(bits)
+
+    def part_rows(self, part: int, first: int, stop: int) -> Extent:
+        """The extent of rows `first` to `stop` in a part: whole tiles, as in `rows`."""
+        at = self.parts[part]
+        return _tiles_of(at, self.shape[0], first, stop)
+
+    def extents(self, first: int, stop: int) -> tuple[Extent, ...]:
+        """All that must be read for rows `first` to `stop`: one extent, or one for each part."""
+        if self.layout == "nested":
+            return tuple(self.part_rows(i, first, stop) for i in range(len(self.parts)))
+        return (self.rows(first, stop),)
 
     def rows(self, first: int, stop: int) -> Extent:
         """The extent of rows `first` to `stop`, all leading axes taken as one run of rows.
@@ -64,10 +91,8 @@ class TensorEntry:
         if self.layout == "rows":
             row = self.format.row_bytes(self.shape[-1])
             return Extent(at.file_index, at.offset + first * row, (stop - first) * row)
-        assert first % TILE_ROWS == 0 and len(self.shape) == 2, (self.name, first, self.shape)
-        tile = at.nbytes // -(-self.shape[0] // TILE_ROWS)
-        begin, end = first // TILE_ROWS, -(-stop // TILE_ROWS)
-        return Extent(at.file_index, at.offset + begin * tile, (end - begin) * tile)
+        assert self.layout == "tiles" and len(self.shape) == 2, (self.name, self.layout, self.shape)
+        return _tiles_of(at, self.shape[0], first, stop)
 
     def matrix(self, index: int) -> Extent:
         """The extent of one matrix of a stack (E, M, K)."""
@@ -75,6 +100,14 @@ class TensorEntry:
         if self.layout == "tiles":
             return Extent(at.file_index, at.offset + index * self.stride, at.nbytes)
         return self.rows(index * self.shape[1], (index + 1) * self.shape[1])
+
+
+def _tiles_of(matrix: Extent, rows: int, first: int, stop: int) -> Extent:
+    """The tiles of rows `first` to `stop` of a matrix of `rows` rows."""
+    assert first % TILE_ROWS == 0 and 0 <= first <= stop <= rows, (rows, first, stop)
+    tile = matrix.nbytes // -(-rows // TILE_ROWS)
+    begin, end = first // TILE_ROWS, -(-stop // TILE_ROWS)
+    return Extent(matrix.file_index, matrix.offset + begin * tile, (end - begin) * tile)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from struct import Struct
@@ -16,15 +16,16 @@ from types import MappingProxyType
 from typing import IO, Literal
 
 from edgert.errors import FormatError, UnsupportedError
-from edgert.quant.formats import BY_TYPE_ID, PLANES, PlaneFormat, QuantFormat, format_of
+from edgert.quant.formats import BY_NAME, BY_TYPE_ID, PLANES, PlaneFormat, QuantFormat, format_of
 from edgert.storage.gguf_values import HEADER_MAX, HeaderReader, read_metadata
 from edgert.storage.manifest import TILE_ROWS, Extent, Manifest, TensorEntry
 from edgert.storage.model_file import open_model_file
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = [
-    "CHUNK_BYTES", "HEADER", "MAGIC", "PAGE", "VERSION", "PackHeader", "encode_header",
-    "encode_index", "read_header", "read_pack", "tiles_bytes", "type_id_of",
+    "CHUNK_BYTES", "HEADER", "MAGIC", "NESTED_FORMAT", "PAGE", "PARTS_MAX", "VERSION",
+    "PackHeader", "encode_header", "encode_index", "part_bytes", "read_header", "read_pack",
+    "tiles_bytes", "type_id_of",
 ]  # fmt: skip
 
 # The first byte has its high bit set and the last is a newline: what a transfer as text would
@@ -33,13 +34,17 @@ MAGIC = b"\x89EDGERT\n"
 BYTE_ORDER = 0x0A0B0C0D
 VERSION = 1
 PAGE = 4096  # tensors and records begin at multiples of it
-PART = 64  # the parts of a record do at multiples of this
+PART = 64  # gate, up and down of a record do at multiples of this
 CHUNK_BYTES = MIB  # of data for each checksum
-LAYOUTS: tuple[Literal["rows", "tiles"], ...] = ("rows", "tiles")  # by their number in the file
+# By their number in the file.
+LAYOUTS: tuple[Literal["rows", "tiles", "nested"], ...] = ("rows", "tiles", "nested")
+NESTED_FORMAT = BY_NAME["Q8_0"]  # what may be nested
+PARTS_MAX = 4
 PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
 
 HEADER = Struct("<8sIIQQQIIIQI")
 _SUM = Struct("<I")
+_PART = Struct("<IQQ")  # of a nested matrix: bits, offset, bytes
 _READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
 _TENSORS_MAX = 1 << 17
 _MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
@@ -82,6 +87,12 @@ def tiles_bytes(fmt: QuantFormat, rows: int, columns: int) -> int:
     return align_up(rows, TILE_ROWS) * (columns // fmt.block_size) * block
 
 
+def part_bytes(bits: int, is_first: bool, rows: int, columns: int) -> int:
+    """Bytes of a part of a nested matrix: its codes, and in the first part the scales."""
+    blocks = align_up(rows, TILE_ROWS) * (columns // NESTED_FORMAT.block_size)
+    return blocks * (4 * bits + 2 * is_first)
+
+
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -113,10 +124,14 @@ def _encode_entry(tensor: TensorEntry) -> bytes:
             *(size.to_bytes(8, "little") for size in sizes),
             type_id_of(tensor.format).to_bytes(4, "little"),
             LAYOUTS.index(tensor.layout).to_bytes(4, "little"),
-            (1).to_bytes(4, "little"),
+            max(1, len(tensor.parts)).to_bytes(4, "little"),
             tensor.extent.offset.to_bytes(8, "little"),
             tensor.extent.nbytes.to_bytes(8, "little"),
             tensor.stride.to_bytes(8, "little"),
+            *(
+                _PART.pack(bits, part.offset, part.nbytes)
+                for bits, part in zip(tensor.part_bits, tensor.parts, strict=True)
+            ),
         ]
     )
 
@@ -231,7 +246,8 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
         raise reader.error(f"{what} has the impossible shape {sizes}", at)
     reader.check_rows(name, sizes[0], fmt, at)
     layout, n_parts = reader.u32(what), reader.u32(what)
-    if layout >= len(LAYOUTS) or n_parts != 1:
+    nested = layout == LAYOUTS.index("nested")
+    if layout >= len(LAYOUTS) or not (2 <= n_parts <= PARTS_MAX if nested else n_parts == 1):
         raise UnsupportedError(
             f"{reader.path}: {name!r} has layout {layout} in {n_parts} parts, "
             "which this edgert does not read; update edgert or pack the model again"
@@ -241,7 +257,13 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
     entry = TensorEntry(
         name, fmt, tuple(reversed(sizes)), extent, LAYOUTS[layout], reader.u64(what)
     )
-    _check_entry(reader, entry, at)
+    if nested:
+        found = [(reader.u32(what), reader.u64(what), reader.u64(what)) for _ in range(n_parts)]
+        parts = tuple(Extent(0, offset, nbytes) for _, offset, nbytes in found)
+        entry = replace(entry, parts=parts, part_bits=tuple(bits for bits, _, _ in found))
+        _check_parts(reader, entry, at)
+    else:
+        _check_entry(reader, entry, at)
     return entry
 
 
@@ -278,12 +300,32 @@ def _check_entry(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
         )
 
 
+def _check_parts(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
+    """As `_check_entry`, of a nested matrix."""
+    what, bits = f"tensor {entry.name!r}", entry.part_bits
+    if entry.format is not NESTED_FORMAT or len(entry.shape) != 2:
+        raise reader.error(f"{what} of shape {entry.shape} in {entry.format.name} is nested", at)
+    if min(bits) < 1 or sum(bits) != 8 or not entry.base_bits:
+        raise reader.error(f"{what} has parts of {' + '.join(map(str, bits))} bits", at)
+    for i, part in enumerate(entry.parts):
+        nbytes = part_bytes(bits[i], i == 0, *entry.shape)
+        if part.nbytes != nbytes or part.offset % PAGE:
+            raise reader.error(
+                f"part {i} of {what} has {part.nbytes:,} bytes at {part.offset:,}, "
+                f"not {nbytes:,} at a multiple of {PAGE:,}", at,
+            )  # fmt: skip
+    whole, first = entry.extent, entry.parts[0]
+    wanted = (first.offset, sum(p.nbytes for p in entry.parts), 0)
+    if (whole.offset, whole.nbytes, entry.stride) != wanted:
+        raise reader.error(f"{what} is not where its parts are", at)
+
+
 def _check_extents(path: Path, header: PackHeader, tensors: Mapping[str, TensorEntry]) -> None:
     """Every matrix inside the data, and no two of them over the same bytes."""
     spans: list[tuple[int, int, str]] = []
-    for entry in tensors.values():
+    for entry, extent in ((e, x) for e in tensors.values() for x in e.parts or (e.extent,)):
         count = entry.shape[0] if entry.stride else 1
-        at, nbytes = entry.extent.offset, entry.extent.nbytes
+        at, nbytes = extent.offset, extent.nbytes
         end = at + (count - 1) * entry.stride + nbytes
         if at < header.data_offset or end > header.file_bytes:
             raise FormatError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgert.errors import FormatError
 from edgert.storage.backend import FileBackend
-from edgert.storage.manifest import Manifest, TensorEntry
+from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.model_file import open_model_file
 from edgert.storage.pack import CHUNK_BYTES, HEADER, read_header, read_pack
 from edgert.units import MIB
@@ -75,7 +75,9 @@ def verify_pack(path: str | Path, on_progress: Progress | None = None) -> Manife
 
 def _refuse(manifest: Manifest, start: int) -> None:
     stop = start + CHUNK_BYTES
-    names = [t.name for t in manifest.tensors.values() if _touches(t, start, stop)]
+    places = ((t, extent) for t in manifest.tensors.values() for extent in t.parts or (t.extent,))
+    touched = (t.name for t, extent in places if _touches(t, extent, start, stop))
+    names = list(dict.fromkeys(touched))
     what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise FormatError(
         manifest.files[0],
@@ -84,9 +86,9 @@ def _refuse(manifest: Manifest, start: int) -> None:
     )
 
 
-def _touches(tensor: TensorEntry, start: int, stop: int) -> bool:
+def _touches(tensor: TensorEntry, extent: Extent, start: int, stop: int) -> bool:
     count = tensor.shape[0] if tensor.stride else 1
-    at, nbytes, stride = tensor.extent.offset, tensor.extent.nbytes, tensor.stride
+    at, nbytes, stride = extent.offset, extent.nbytes, tensor.stride
     return any(
         at + i * stride < stop and start < at + i * stride + nbytes for i in range(count)
     )  # a few hundred experts at most, and only when something is wrong

@@ -11,7 +11,7 @@ import numpy as np
 from edgert.models.reference import load_reference_weights
 from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
 from edgert.quant.packing import Array
-from edgert.quant.planes import dequantize_stack_ref, quantize, quantize_stack
+from edgert.quant.planes import dequantize_stack_ref, quantize_planes_ref, quantize_stack
 from edgert.quant.quantize import quantize_ref
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.gguf import read_gguf
@@ -28,12 +28,12 @@ def matrices(path: Path) -> list[Array]:
 
 def nearest(fmt: PlaneFormat, w: Array) -> Array:
     """Round to nearest over each group's range."""
-    return dequantize_ref(fmt, quantize(fmt, w, refine=False))
+    return dequantize_ref(fmt, quantize_planes_ref(fmt, w, refine=False))
 
 
 def refined(fmt: PlaneFormat, w: Array) -> Array:
     """Least squares."""
-    return dequantize_ref(fmt, quantize(fmt, w))
+    return dequantize_ref(fmt, quantize_planes_ref(fmt, w))
 
 
 def greedy(fmt: PlaneFormat, w: Array) -> Array:

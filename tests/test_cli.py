@@ -31,18 +31,20 @@ Options:
   -h, --help     Show this message and exit.
 
 Commands:
-  run       Continue a text, or talk to the model in a terminal.
-  chat      Like run, with the model's chat template.
-  plan      Show where every byte of a memory budget goes.
-  show      Show what is in a model file.
-  pack      Make a model file ready for streaming.
-  bench     Measure prefill, decode and reading speed.
-  stress    Run under real memory limits and compare.
-  trace     Record which experts a run chooses.
-  simulate  Replay that with other caches.
-  doctor    Look at CPU, threads, memory, disk and cache.
-  warmup    Compile the kernels ahead of the first run.
-  logits    Save the logits of a list of tokens.
+  run         Continue a text, or talk to the model in a terminal.
+  chat        Like run, with the model's chat template.
+  plan        Show where every byte of a memory budget goes.
+  show        Show what is in a model file.
+  pack        Make a model file ready for streaming.
+  quantize    Give the experts of a model fewer bits.
+  bench       Measure prefill, decode and reading speed.
+  perplexity  Measure how well models predict a text.
+  stress      Run under real memory limits and compare.
+  trace       Record which experts a run chooses.
+  simulate    Replay that with other caches.
+  doctor      Look at CPU, threads, memory, disk and cache.
+  warmup      Compile the kernels ahead of the first run.
+  logits      Save the logits of a list of tokens.
 
   Start with: edgert run -p 'Once upon a time'
 """

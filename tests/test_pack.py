@@ -14,8 +14,9 @@ import pytest
 import edgert
 from edgert import EdgertError, FormatError, InputError, UnsupportedError
 from edgert.kernels_cpu import layout
-from edgert.quant.formats import BY_NAME, PLANES
-from edgert.quant.planes import quantize
+from edgert.kernels_cpu.nested import FIELDS
+from edgert.quant.formats import BASES, BY_NAME, PLANES
+from edgert.quant.planes import quantize_planes_ref as quantize
 from edgert.storage import pack, pack_writer
 from edgert.storage.gguf import metadata_bytes
 from tests.command import assert_error, inside
@@ -137,6 +138,11 @@ def test_the_document_has_the_constants() -> None:
         assert says(number, name)
     for fmt in PLANES.values():
         assert says(fmt.name, pack.type_id_of(fmt), fmt.block_size, fmt.block_bytes)
+    for bits, fields in FIELDS.items():
+        spans = (str(low) if width == 1 else f"{low}-{low + width - 1}" for width, low in fields)
+        assert bits == 8 or says(bits, ", ".join(spans))
+    assert f"2 to {pack.PARTS_MAX} of a nested matrix" in FORMAT
+    assert " or ".join(", ".join(map(str, BASES)).rsplit(", ", 1)) in FORMAT
     for name, more in pack._GROWTH.items():
         assert says(name, BY_NAME[name].block_bytes, BY_NAME[name].block_bytes + more)
 

@@ -89,7 +89,7 @@ def assert_sound(name: str, found: Plan) -> None:
     for tile in found.tiles:
         rows.setdefault(tile.tensor, []).append(range(tile.first_row, tile.first_row + tile.rows))
         entry = manifest.tensors[tile.tensor]
-        assert tile.extent == entry.rows(tile.first_row, tile.first_row + tile.rows)
+        assert tile.extents == (entry.rows(tile.first_row, tile.first_row + tile.rows),)
         assert tile.stream_index < 0 or tile.nbytes <= found.slot_bytes
     kinds = {n.name: n.kind for n in required_tensors(spec).values()}
     wanted = {n for n, kind in kinds.items() if kind == "matrix"}
@@ -106,7 +106,7 @@ def assert_sound(name: str, found: Plan) -> None:
     resident = sum(t.nbytes for t in found.tiles if t.stream_index < 0)
     assert found.region("resident").nbytes == resident
     assert found.region("window").nbytes == found.slots * found.slot_bytes
-    reads = sum(t.extent.nbytes for t in found.tiles if t.stream_index >= 0)
+    reads = sum(t.read_bytes for t in found.tiles if t.stream_index >= 0)
     assert found.streamed_bytes == reads
     experts = spec.num_hidden_layers * spec.num_experts
     least = spec.num_experts_per_tok if spec.is_moe else 0

@@ -19,10 +19,11 @@ from edgert.kernels_cpu.isa import AVX512_VNNI, ISA
 from edgert.kernels_cpu.jit import Kernel
 from edgert.kernels_cpu.matmul import matmul, matmul_ref
 from edgert.kernels_cpu.matmul_planes import DIRECT, LOOKUP
+from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.quant.formats import PLANES, PlaneFormat
 from edgert.quant.metrics import max_abs_error, relative_rms
 from edgert.quant.packing import pack, unpack
-from edgert.quant.planes import dequantize_stack_ref, quantize, quantize_stack
+from edgert.quant.planes import dequantize_stack_ref, quantize_planes_ref, quantize_stack
 from edgert.quant.reference import dequantize_ref
 from tests.seeded import random_blocks, uniform
 
@@ -107,7 +108,7 @@ NORMAL_ERROR = {
 def test_error_on_normal_weights(fmt: PlaneFormat) -> None:
     x = normal("weights", (64, 1024))
     for refine, percent in zip((False, True), NORMAL_ERROR[fmt.name], strict=True):
-        error = relative_rms(dequantize_ref(fmt, quantize(fmt, x, refine=refine)), x)
+        error = relative_rms(dequantize_ref(fmt, quantize_planes_ref(fmt, x, refine=refine)), x)
         assert error == pytest.approx(percent / 100, rel=0.05)
 
 
@@ -117,36 +118,36 @@ def test_what_is_representable_is_kept(fmt: PlaneFormat) -> None:
     codes[:, :: fmt.block_size] = 0
     codes[:, 1 :: fmt.block_size] = 2**fmt.bits - 1
     x = (np.float32(0.25) * codes - np.float32(1.5)).astype(np.float32)
-    assert np.array_equal(dequantize_ref(fmt, quantize(fmt, x)), x)
+    assert np.array_equal(dequantize_ref(fmt, quantize_planes_ref(fmt, x)), x)
 
 
 @by_name
 def test_zeros_constants_and_extremes(fmt: PlaneFormat) -> None:
     zeros = np.zeros((2, 128), np.float32)
-    assert not dequantize_ref(fmt, quantize(fmt, zeros)).any()
+    assert not dequantize_ref(fmt, quantize_planes_ref(fmt, zeros)).any()
     constant = np.full((1, 128), -1.5, np.float32)
-    assert max_abs_error(dequantize_ref(fmt, quantize(fmt, constant)), constant) <= 0.002
+    assert max_abs_error(dequantize_ref(fmt, quantize_planes_ref(fmt, constant)), constant) <= 0.002
     for scale in (1e-6, 1e4):
         x = normal("extreme", (4, 256)) * np.float32(scale)
-        error = relative_rms(dequantize_ref(fmt, quantize(fmt, x)), x)
+        error = relative_rms(dequantize_ref(fmt, quantize_planes_ref(fmt, x)), x)
         assert error <= 1.1 * NORMAL_ERROR[fmt.name][1] / 100 + (0.05 if scale < 1 else 0)
     with np.errstate(all="ignore"):
         x = normal("hostile", (1, 256))
         x[0, 3], x[0, 200] = np.nan, np.inf
-        back = dequantize_ref(fmt, quantize(fmt, x))
+        back = dequantize_ref(fmt, quantize_planes_ref(fmt, x))
     assert not np.isfinite(back[0, 3]) and not np.isfinite(back[0, 200])
 
 
 def test_importance_moves_the_error_to_columns_that_count_less() -> None:
     fmt, x = PLANES["P2_128"], normal("important", (256, 256))
     weight = np.where(np.arange(256) % 16 == 0, np.float32(100), np.float32(1))
-    plain, weighted = (dequantize_ref(fmt, quantize(fmt, x, w)) for w in (None, weight))
+    plain, weighted = (dequantize_ref(fmt, quantize_planes_ref(fmt, x, w)) for w in (None, weight))
     errors = [np.square(y - x).mean(0) for y in (plain, weighted)]
     assert (errors[1] * weight).sum() < 0.8 * (errors[0] * weight).sum()
     even = np.full(256, 3, np.float32)
-    assert np.array_equal(quantize(fmt, x, even), quantize(fmt, x))
+    assert np.array_equal(quantize_planes_ref(fmt, x, even), quantize_planes_ref(fmt, x))
     nothing = np.zeros(256, np.float32)
-    assert np.array_equal(quantize(fmt, x, nothing), quantize(fmt, x))
+    assert np.array_equal(quantize_planes_ref(fmt, x, nothing), quantize_planes_ref(fmt, x))
 
 
 def test_each_level_of_a_stack_lessens_the_error() -> None:
@@ -157,15 +158,51 @@ def test_each_level_of_a_stack_lessens_the_error() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.19
     base, plane = PLANES["P3_128"], PLANES["P1_128"]
     nested = dequantize_stack_ref([base, plane], quantize_stack([base, plane], x))
-    whole = dequantize_ref(PLANES["P4_128"], quantize(PLANES["P4_128"], x))
+    whole = dequantize_ref(PLANES["P4_128"], quantize_planes_ref(PLANES["P4_128"], x))
     assert relative_rms(nested, x) < 1.15 * relative_rms(whole, x)
 
 
 def test_quantize_refuses_what_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"P3_128: float32 \[2, 192\] in groups of 128"):
-        quantize(PLANES["P3_128"], np.zeros((2, 192), np.float32))
+        quantize_planes_ref(PLANES["P3_128"], np.zeros((2, 192), np.float32))
     with pytest.raises(InputError, match=r"importance must be \[128\]"):
-        quantize(PLANES["P3_128"], np.zeros((2, 128), np.float32), np.ones(64, np.float32))
+        quantize_planes_ref(
+            PLANES["P3_128"], np.zeros((2, 128), np.float32), np.ones(64, np.float32)
+        )
+
+
+KINDS = {
+    "normal": lambda shape: normal("fit", shape),
+    "few values": lambda shape: np.rint(normal("few", shape)),
+    "an offset": lambda shape: normal("offset", shape) * np.float32(0.01) + np.float32(3),
+    "an outlier": lambda shape: normal("outlier", shape) ** 5,
+    "zeros, constants, tiny": lambda shape: (
+        normal("tiny", shape) * np.logspace(-30, 4, shape[0], dtype=np.float32)[:, None]
+    ).round(3),
+}
+
+
+@by_name
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_quantiser_equals_its_twin_to_the_bit(fmt: PlaneFormat, kind: str) -> None:
+    x = KINDS[kind]((24, 256)).astype(np.float32)
+    for weight in (None, np.square(normal("counts", (256,))), np.zeros(256, np.float32)):
+        for refine in (True, False):
+            expected = quantize_planes_ref(fmt, x, weight, refine=refine)
+            assert np.array_equal(quantize_planes(fmt, x, weight, refine=refine), expected)
+
+
+def test_the_quantiser_keeps_what_is_no_number_and_refuses_what_does_not_fit() -> None:
+    fmt, x = PLANES["P3_32"], normal("hostile", (1, 96))
+    x[0, 3], x[0, 70] = np.nan, np.inf
+    with np.errstate(all="ignore"):
+        back, expected = (
+            dequantize_ref(fmt, f(fmt, x)) for f in (quantize_planes, quantize_planes_ref)
+        )
+    assert np.array_equal(back, expected, equal_nan=True)
+    assert not np.isfinite(back[0, :32]).any() and np.isfinite(back[0, 32:64]).all()
+    with pytest.raises(InputError, match=r"P3_32: float32 \[2, 48\] in groups of 32"):
+        quantize_planes(fmt, np.zeros((2, 48), np.float32))
 
 
 # --- kernels ------------------------------------------------------------------------------------

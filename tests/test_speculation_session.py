@@ -16,7 +16,7 @@ import pytest
 import edgert
 from edgert.errors import InputError
 from edgert.results import TokenEvent
-from edgert.speculation import LONGEST, Draft, PassCosts, Speculator
+from edgert.speculation import Acceptance, PassCosts, Speculator
 from tests.command import assert_error, inside
 from tests.tight import tight
 from tests.tiny import prompt_of
@@ -26,22 +26,30 @@ PROMPT = prompt_of("llama", 20)
 # ------------------------------------------------------------------------ the same tokens
 
 
+MOST = 15  # tokens of a draft
+
+
 class Scripted:
-    """Guesses by a function of the tokens so far and the number that is wanted."""
+    """Guesses by a function of the tokens so far and the number that may be wanted."""
+
+    name = "scripted"
+    is_free = True
 
     def __init__(self, guess: Callable[[Sequence[int], int], list[int]]) -> None:
         self._guess = guess
+        self.acceptance = Acceptance([0.5] * 4)
 
-    def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        guessed = self._guess(tokens, most)
-        return Draft(guessed, [i % (LONGEST + 1) for i in range(len(guessed))])
+    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        return ((token, i % 4) for i, token in enumerate(self._guess(tokens, MOST)))
 
 
 @pytest.fixture
 def guess(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every generation verify all that a function, or the prompt lookup, guesses."""
     monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(Speculator, "_length", lambda self, most: len(self._guess.kinds[:most]))
+    monkeypatch.setattr(
+        "edgert.speculation._best_length", lambda made, costs, rate: (rate, len(made.kinds))
+    )
 
     def use(function: Callable[[Sequence[int], int], list[int]] | None = None) -> None:
         if function is not None:
@@ -232,19 +240,24 @@ def test_right_guesses_save_passes(tiny_gguf: Path, guess: Any) -> None:
         assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
 
 
-def test_a_pass_is_never_longer_than_planned(tiny_gguf: Path, guess: Any) -> None:
-    asked: list[int] = []
+def test_a_pass_is_never_longer_than_planned(
+    tiny_gguf: Path, guess: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    draft = Speculator.draft
 
-    def sevens(tokens: Sequence[int], most: int) -> list[int]:
-        asked.append(most)
-        return [7] * most
+    def noted(self: Speculator, tokens: Sequence[int], most: int) -> list[int]:
+        found = draft(self, tokens, most)
+        lengths.append(len(found))
+        return found
 
-    guess(sevens)
+    guess(lambda tokens, most: [7] * most)
+    monkeypatch.setattr(Speculator, "draft", noted)
     for rows, most in [(1, 15), (4, 15), (9, 2), (9, 0)]:
-        asked.clear()
+        lengths.clear()
         with tight(tiny_gguf, None, prefill_tokens=rows) as engine:
             say(engine, PROMPT, temperature=0, draft_max=most)
-        assert max(asked, default=0) == min(rows - 1, most)
+        assert max(lengths) == min(rows - 1, most)
 
 
 def test_left_to_itself_it_guesses_what_repeats(

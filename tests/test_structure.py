@@ -33,6 +33,8 @@ ALLOWED = {
         "edgert.errors",
         "edgert.units",
         "edgert.quant.formats",
+        "edgert.quant.packing",
+        "edgert.quant.planes",
         "edgert.quant.reference",
         "edgert.kernels_cpu",
     ),

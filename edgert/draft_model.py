@@ -1,0 +1,142 @@
+"""A small model drafts for a large one: `load(..., draft_model=...)`, --draft-model.
+
+Owns: which models go together, and the guesses. Must not know how guesses are weighed
+(speculation.py) or verified. Leviathan et al., arXiv 2211.17192.
+
+The draft model is an engine of its own, opened first and all in memory: what it may use is part of
+the process when the large model's plan is made, so both are inside one budget. A drafted token is
+drawn from the draft model's logits with the random number that the sampler will use for its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgert.errors import BudgetError, InputError, ModelError
+from edgert.sampler import SURENESS, Sampler
+from edgert.speculation import Acceptance
+
+if TYPE_CHECKING:
+    from edgert.engine import Engine
+    from edgert.forward import Forward, Ticket
+    from edgert.opening import Opened
+
+__all__ = ["DraftModel", "ModelDrafter", "check_vocabularies", "open_draft_model"]
+
+_PREFILL = 64  # tokens of a pass: a small model reads a prompt fast enough
+
+
+def check_vocabularies(model: Opened, draft: Opened) -> None:
+    """Raise `InputError` unless the same token has the same number in both."""
+    ours, theirs = (o.manifest.metadata.get("tokenizer.ggml.tokens", ()) for o in (model, draft))
+    sizes = [(o.spec.vocab_size, o.path.name) for o in (model, draft)]
+    if sizes[0][0] != sizes[1][0] or len(ours) != len(theirs):
+        said = " and ".join(f"{name} has {size:,} tokens" for size, name in sizes)
+        raise InputError(f"the draft model has another vocabulary: {said}; give one of the family")
+    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one != other:
+            raise InputError(
+                f"the draft model has another vocabulary: token {i} is {one!r} in "
+                f"{model.path.name} and {other!r} in {draft.path.name}; give one of the family"
+            )
+
+
+class DraftModel:
+    """An open draft model, and what was learnt of its guesses, greedy and sampled."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Takes over `engine`, which must hold all its weights: raises `BudgetError` if not."""
+        plan = engine.plan
+        experts = engine.spec.num_hidden_layers * engine.spec.num_experts
+        if plan.streamed_bytes or plan.expert_slots < experts:
+            engine.close()
+            raise BudgetError(
+                plan.budget_bytes, plan.full_bytes, plan.table(),
+                "the draft model must be in memory as a whole; give more memory or a smaller one",
+            )  # fmt: skip
+        self.engine = engine
+        steps = [(i + 1) / (SURENESS + 1) for i in range(SURENESS)]
+        self._acceptance = {
+            greedy: Acceptance([0.4 + 0.55 * step for step in steps]) for greedy in (False, True)
+        }
+
+    def drafter(self, sampler: Sampler, ends: Collection[int], ticket: Ticket) -> ModelDrafter:
+        """The guesses of one generation."""
+        acceptance = self._acceptance[sampler.is_greedy]
+        engine = self.engine
+        return ModelDrafter(
+            engine.forward, engine.vocab_size, engine.context_length, sampler, ends, acceptance,
+            ticket,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give its memory back. Idempotent."""
+        self.engine.close()
+
+
+class ModelDrafter:
+    """Guesses of one generation: a pass of the draft model for each. See `Drafter`."""
+
+    name = "draft model"
+    is_free = False
+
+    def __init__(
+        self,
+        forward: Forward,
+        vocabulary: int,
+        context: int,
+        sampler: Sampler,
+        ends: Collection[int],
+        acceptance: Acceptance,
+        ticket: Ticket,
+    ) -> None:
+        """`context`: tokens that the draft model can read; `ends`: those that nothing follows."""
+        self.acceptance = acceptance
+        self._forward = forward
+        self._vocabulary = vocabulary
+        self._context = context
+        self._sampler = sampler
+        self._ends = ends
+        self._ticket = ticket
+
+    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """As `Drafter.guesses`; the kind is how sure the draw was (`Sampler.guess`).
+
+        What the draft model's KV cache lacks of `tokens` is computed with the first. Ends where its
+        context is full. Raises `CancelledError`.
+        """
+        sampler, text = self._sampler.fork(), list(tokens)
+        while len(text) <= self._context:
+            logits = self._forward.evaluate(text, self._vocabulary, ticket=self._ticket)[0]
+            try:
+                token, kind = sampler.guess(logits, text)
+            except (InputError, ModelError):  # the large model may do better, or say so
+                return
+            yield token, kind
+            if token in self._ends:
+                return
+            text.append(token)
+
+
+def open_draft_model(
+    path: str | Path, model: Opened, budget: int | None, threads: int | None, context: int | None
+) -> DraftModel:
+    """Open `path` as the draft model of `model`, a checked header with its vocabulary.
+
+    `budget` in bytes is for both, None where it is a share or what is free. The context is the
+    draft model's own where that is shorter. Raises `InputError` for another vocabulary before any
+    weight is read, `BudgetError` when it does not fit as a whole, and as `load` does.
+    """
+    from edgert.opening import load, open_model
+
+    draft = open_model(path)
+    check_vocabularies(model, draft)
+    longest = min(model.spec.max_position_embeddings, draft.spec.max_position_embeddings)
+    return DraftModel(
+        load(
+            path, memory_budget=budget, threads=threads, prefill_tokens=_PREFILL,
+            context_length=None if context is None else min(context, longest),
+        )
+    )  # fmt: skip
