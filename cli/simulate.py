@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgert import InputError, parse_bytes, read_routing
+from edgert import InputError, parse_bytes, read_routing, synthetic_routing, tune_policy
 from edgert import simulate as simulate_trace
 from edgert.cli.options import debug_options, json_option
 from edgert.cli.progress import Progress
 from edgert.cli.report import atomic_file, print_json, require_matplotlib, table
 
 if TYPE_CHECKING:
-    from edgert import Figure, Routing
+    from edgert import Figure, Routing, Trial
 
 __all__ = ["simulate"]
 
@@ -22,7 +22,7 @@ _POLICIES = "lru,lfu,lfu-decay,auto,belady"
 
 
 @click.command()
-@click.argument("file", metavar="TRACE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="[TRACE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--budgets",
     default="25%,50%,75%",
@@ -45,40 +45,62 @@ _POLICIES = "lru,lfu,lfu-decay,auto,belady"
     "--experts", type=click.IntRange(1, 1 << 15), help="Experts of a layer, in a foreign .npz."
 )
 @click.option("--record-bytes", metavar="SIZE", help="Size of one expert, for budgets in bytes.")
+@click.option("--synthetic", metavar="KIND", help="No TRACE: random, skewed or drifting routing.")
+@click.option("--tune", "tuning", is_flag=True, help="Tune on half of the requests, test on half.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG of the table.")
 @json_option
 @debug_options
 def simulate(
-    file: Path, budgets: str, slots: str | None, policies: str, per_layer: bool,
+    file: Path | None, budgets: str, slots: str | None, policies: str, per_layer: bool,
     profile: Path | None, array: str | None, experts: int | None, record_bytes: str | None,
-    plot: Path | None, as_json: bool,
+    synthetic: str | None, tuning: bool, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Replay recorded routing with caches of other sizes and policies.
 
     TRACE is a file of `edgert trace`, or an .npz with arrays of integers [tokens, layers, k], each
     one request ([tokens, requests, layers, k]: several). Every request begins with an empty cache;
     rates are means over requests. Belady evicts what is used again last: no policy does better.
+    With --tune the parameters of auto are chosen on every other request and tried on the rest (one
+    request: its halves), and the other way round, beside auto as it is.
 
     \b
     edgert simulate trace.npz --budgets 1GiB,2GiB
     edgert simulate trace.npz --slots 64,128 --policies lru,robust,belady --json
+    edgert simulate --synthetic drifting --tune
     """
+    if (file is None) == (synthetic is None):
+        raise click.UsageError("give a TRACE, or --synthetic instead of one")
     if plot is not None:
         require_matplotlib()
-    trace = read_routing(file, array=array, experts=experts)
+    if synthetic is not None:
+        trace = synthetic_routing(synthetic)
+    else:
+        assert file is not None
+        trace = read_routing(file, array=array, experts=experts)
     known = None
     if profile is not None:
         known = read_routing(profile, array=array, experts=trace.experts).uses()
     size = trace.record_bytes if record_bytes is None else parse_bytes(record_bytes)
     counts = _counts(slots) if slots else _slots_of(budgets, trace, size, per_layer)
     names = [name.strip() for name in policies.split(",") if name.strip()]
+    if tuning:
+        with Progress() as progress:
+            trials = tune_policy(
+                trace, counts, per_layer=per_layer,
+                progress=lambda done, total: progress.update(done, total, "tune"),
+            )  # fmt: skip
+        if as_json:
+            print_json({"trials": [{n: getattr(t, n) for n in t.__slots__} for t in trials]})
+        else:
+            click.echo(_trials_text(trials))
+        return
     with Progress() as progress:
         figures = simulate_trace(
             trace, counts, names, per_layer=per_layer, profile=known,
             progress=lambda done, total: progress.update(done, total, "simulate"),
         )  # fmt: skip
     if plot is not None:
-        _plot(plot, file.name, figures)
+        _plot(plot, synthetic or str(file), figures)
     if as_json:
         rows = [{name: getattr(f, name) for name in f.__slots__} for f in figures]
         print_json(
@@ -137,6 +159,20 @@ def _text(trace: Routing, figures: list[Figure], names: list[str]) -> str:
         f"{trace.tokens} tokens in {len(trace.requests)} requests, {trace.layers} layers, "
         f"{trace.k} of {trace.experts} experts; hit rates in %\n\n{table(header, rows)}"
     )
+
+
+def _trials_text(trials: list[Trial]) -> str:
+    """Hit rates in per cent on what was not tuned on."""
+    rows = [
+        [
+            t.tuned_on, str(t.slots),
+            *(f"{100 * rate:.1f}" for rate in (t.lru, t.lfu, t.usual, t.tuned, t.belady)),
+            f"{t.half_life:g}, {t.boost:g}",
+        ]
+        for t in trials
+    ]  # fmt: skip
+    header = ["tuned on", "slots", "lru", "lfu", "auto", "auto tuned", "belady", "life, boost"]
+    return f"hit rates in % on the half that nothing was tuned on\n\n{table(header, rows)}"
 
 
 def _plot(path: Path, title: str, figures: list[Figure]) -> None:

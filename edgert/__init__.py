@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity
     from edgert.expert_quantizing import QuantizedExperts, quantize_experts
     from edgert.expert_simulation import SIMULATED, Figure, simulate
+    from edgert.expert_tuning import Trial, synthetic_routing, tune_policy
     from edgert.forecasting import Forecast, forecast, profile_device
     from edgert.kernel_bench import bench_kernels
     from edgert.opening import load, plan_model, read_manifest, warmup
@@ -90,6 +91,7 @@ __all__ = [
     "TokenEvent",
     "Tokenizer",
     "TokenizerError",
+    "Trial",
     "UnsupportedError",
     "__version__",
     "bench_attention",
@@ -113,6 +115,8 @@ __all__ = [
     "read_manifest",
     "read_routing",
     "simulate",
+    "synthetic_routing",
+    "tune_policy",
     "verify_pack",
     "warmup",
     "write_routing",
@@ -142,6 +146,7 @@ _LAZY = {  # public name -> module that defines it
     "Timeline": "edgert.timeline",
     "TokenEvent": "edgert.results",
     "Tokenizer": "edgert.tokenizer",
+    "Trial": "edgert.expert_tuning",
     "bench_attention": "edgert.attention_bench",
     "bench_kernels": "edgert.kernel_bench",
     "bundled_text": "edgert.evaluation",
@@ -160,6 +165,8 @@ _LAZY = {  # public name -> module that defines it
     "read_manifest": "edgert.opening",
     "read_routing": "edgert.routing",
     "simulate": "edgert.expert_simulation",
+    "synthetic_routing": "edgert.expert_tuning",
+    "tune_policy": "edgert.expert_tuning",
     "verify_pack": "edgert.storage.pack_verify",
     "warmup": "edgert.opening",
     "write_routing": "edgert.routing",

@@ -142,8 +142,9 @@ class Engine:
         if spec.is_moe:
             floats = {name: values for name, (_, values) in buffers.items()}
             self.experts = ExpertControl(
-                spec, self.weights, self.forward, self._team.streams, floats
+                spec, self.weights, self.forward, self._team.streams, floats, self._manifest
             )
+            self._held.insert(-1, self.experts.close)  # once no pass is under way
         trim_heap()
 
     def _describe(self, programs: Programs, plan: Plan) -> None:

@@ -1,10 +1,13 @@
-"""The routed experts of an open engine: what was chosen, hits, and which policy evicts.
+"""The routed experts of an open engine: what was chosen, hits, which policy evicts, what is learnt.
 
-Owns: looking at what a pass left behind. Must not know how experts are read or computed.
+Owns: looking at what a pass left behind, and loading before the first one the experts that the
+model's profile names. Must not know how experts are read or computed.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError
+from edgert.expert_profile import (
+    ExpertLearner,
+    ExpertProfile,
+    identity_of,
+    load_expert_profile,
+    profile_file,
+    save_expert_profile,
+)
 from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.models.spec import ModelSpec
-from edgert.storage.expert_policy import POLICIES, policy_for
+from edgert.storage.expert_policy import POLICIES, hottest, policy_for
+from edgert.storage.expert_streamer import DONE, WANTED, ExpertStreamer
+from edgert.storage.manifest import Manifest
 from edgert.weights import Weights
 
 __all__ = ["ExpertControl", "ExpertLook"]
@@ -34,6 +47,10 @@ class ExpertLook:
     out: npt.NDArray[np.float32]  # [tokens, k, hidden]
 
 
+_LEAST_TOKENS = 16  # a shorter run teaches nothing worth a file
+_NAP_SECONDS = 0.0005
+
+
 class ExpertControl:
     """`Engine.experts` of a model that has any. Every method may be called between passes."""
 
@@ -44,6 +61,7 @@ class ExpertControl:
         forward: Forward,
         streams: npt.NDArray[np.int64],
         buffers: Mapping[str, npt.NDArray[np.float32]],
+        manifest: Manifest,
     ) -> None:
         self._spec = spec
         self._weights = weights
@@ -54,6 +72,31 @@ class ExpertControl:
             buffers[f"expert_ids {layer}"].view(np.int64)[:, : spec.num_experts_per_tok]
             for layer in range(spec.num_hidden_layers)
         ]
+        self._sink: Callable[[npt.NDArray[np.int16]], object] | None = None
+        self._learner: ExpertLearner | None = None
+        self.profile: ExpertProfile | None = None  # what was known when the model was opened
+        self._use_profile(manifest)
+
+    def _use_profile(self, manifest: Manifest) -> None:
+        """Load what is known of this model, begin with it, and learn on. Raises `ModelError`."""
+        identity = identity_of(self._spec, manifest)
+        if profile_file(identity) is None:
+            return
+        self.profile = load_expert_profile(identity)
+        self._learner = ExpertLearner(identity)
+        self._forward.on_pass = self._passed
+        if self.profile is not None:
+            self.set_policy("auto")
+            streamer = self._weights.experts
+            assert streamer is not None
+            preload(streamer, hottest(self.profile.uses, streamer.n_slots))
+
+    def close(self) -> None:
+        """Keep what was learnt, beside what others have learnt meanwhile. No pass is under way."""
+        learner, self._learner = self._learner, None
+        if learner is not None and learner.seen >= _LEAST_TOKENS:
+            known = load_expert_profile(learner.identity)
+            save_expert_profile(learner.profile(known))
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -73,7 +116,8 @@ class ExpertControl:
         assert streamer is not None
         shape = (spec.num_hidden_layers, spec.num_experts)
         with self._forward.lock:
-            streamer.set_policy(policy_for(name, shape, spec.num_experts_per_tok))
+            uses = None if self.profile is None else self.profile.uses.astype(np.float64)
+            streamer.set_policy(policy_for(name, shape, spec.num_experts_per_tok, uses))
 
     def record(self, sink: Callable[[npt.NDArray[np.int16]], object] | None) -> None:
         """Give `sink` what every pass chose from now on; None ends that.
@@ -81,12 +125,9 @@ class ExpertControl:
         int16 [tokens, layers, k] in router order, the sink's own memory.
         """
 
-        def read(tokens: int) -> None:
-            assert sink is not None
-            sink(np.stack([ids[:tokens] for ids in self._chosen], axis=1).astype(np.int16))
-
         with self._forward.lock:
-            self._forward.on_pass = None if sink is None else read
+            self._sink = sink
+            self._forward.on_pass = self._passed
 
     def observe(self, tokens: Sequence[int], sink: Callable[[ExpertLook], object]) -> None:
         """Compute `tokens` from the first on and give `sink` what each layer's experts did.
@@ -119,3 +160,36 @@ class ExpertControl:
             )
 
         self._forward.walk_in_parts(tokens, spec.vocab_size, ends, look)
+
+    def _passed(self, tokens: int) -> None:
+        """A pass of `tokens` tokens is over."""
+        if self._sink is None and self._learner is None:
+            return
+        chosen = np.stack([ids[:tokens] for ids in self._chosen], axis=1).astype(np.int16)
+        if self._learner is not None:
+            self._learner.add(chosen)
+        if self._sink is not None:
+            self._sink(chosen.copy())
+
+
+def preload(streamer: ExpertStreamer, layers: list[npt.NDArray[np.int64]]) -> None:
+    """Load `layers[layer]`, experts, into free slots: the part of a pass that only reads.
+
+    Speaks to the streamer over its board, as compiled code does, before any pass. Raises
+    `StorageError`.
+    """
+    for layer, experts in enumerate(layers):
+        count = len(experts)
+        if not count:
+            continue
+        streamer.board[rows.BOARD_LAYER] = layer
+        streamer.expert[:count] = experts
+        streamer.group_address[:count] = 0
+        streamer.board[rows.BOARD_GROUPS] = count
+        streamer.state[:count] = WANTED
+        os.write(streamer.request_fd, bytes(8))
+        while (streamer.state[:count] == WANTED).any():
+            streamer.raise_if_failed()
+            time.sleep(_NAP_SECONDS)
+        streamer.state[:count] = DONE
+        streamer.board[rows.BOARD_GROUPS] = 0

@@ -19,8 +19,10 @@ from edgert.routing import Choices, Routing
 from edgert.storage.expert_cache import admit
 from edgert.storage.expert_policy import (
     POLICIES,
+    USUAL,
     ExpertPolicy,
     Lru,
+    Setting,
     Shape,
     choose_policy,
     make_policy,
@@ -53,6 +55,7 @@ def simulate(
     *,
     per_layer: bool = False,
     profile: _Floats | None = None,
+    setting: Setting = USUAL,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Figure]:
     """Every policy with every number of slots; each request begins with an empty cache.
@@ -78,15 +81,16 @@ def simulate(
     figures = []
     for count in slots:
         for name in policies:
-            figures.append(_figure(trace, count, name, per_layer, profile))
+            figures.append(_figure(trace, count, name, per_layer, profile, setting))
             if progress:
                 progress(len(figures), len(slots) * len(policies))
     return figures
 
 
 def _figure(
-    trace: Routing, slots: int, name: str, per_layer: bool, profile: _Floats | None
-) -> Figure:
+    trace: Routing, slots: int, name: str, per_layer: bool, profile: _Floats | None,
+    setting: Setting,
+) -> Figure:  # fmt: skip
     """One policy with one number of slots."""
     parts = [[layer] for layer in range(trace.layers)] if per_layer else [[*range(trace.layers)]]
     shape, k, own = (len(parts[0]), trace.experts), trace.k, slots // len(parts)
@@ -100,10 +104,10 @@ def _figure(
             if name == "belady":
                 policy = _Belady(shape, steps)
             elif name == "auto":
-                policy = choose_policy(own, shape, k, known)
+                policy = choose_policy(own, shape, k, known, setting)
                 chosen = policy.name
             else:
-                policy = make_policy(name, own, shape, k, known)
+                policy = make_policy(name, own, shape, k, known, setting)
             hits += replay(steps, shape, own, policy)
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)

@@ -109,6 +109,11 @@ class ExpertStreamer:
         return self._team.failed
 
     @property
+    def n_slots(self) -> int:
+        """Experts that can be resident at a time."""
+        return self._window.n_slots
+
+    @property
     def read_bytes(self) -> int:
         """Bytes asked from the backend so far, alignment included."""
         return self._team.read_bytes

@@ -13,13 +13,14 @@ from edgert.errors import InputError
 from edgert.expert_simulation import SIMULATED, replay, simulate
 from edgert.routing import Routing, join_passes
 from edgert.storage.expert_policy import (
-    HALF_LIFE,
     POLICIES,
+    USUAL,
     DecayedLfu,
     Lru,
     Partitioned,
     Predicted,
     Robust,
+    Setting,
     choose_policy,
     make_policy,
 )
@@ -157,15 +158,16 @@ def test_a_liar_is_found_out() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 40)), min_size=1, max_size=40))
 def test_decayed_weights_are_the_sum_over_uses(uses: list[tuple[int, int]]) -> None:
-    policy, stamps = DecayedLfu((1, 8)), np.zeros(8, np.int64)
+    life = 48.0
+    policy, stamps = DecayedLfu((1, 8), None, Setting(life, 0)), np.zeros(8, np.int64)
     weight, clock = np.zeros(8), 0
     for key, wait in uses:
         clock += wait
-        weight *= 2 ** (-wait / HALF_LIFE)
+        weight *= 2 ** (-wait / life)
         weight[key] += 1
         stamps[key] = clock
         policy.observe(stamps)
-    assert np.allclose(2 ** (policy.score - clock / HALF_LIFE), weight)
+    assert np.allclose(2 ** (policy.score - clock / life), weight)
 
 
 def test_a_partition_keeps_the_best_of_each_layer() -> None:
