@@ -20,8 +20,9 @@ from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import matmul
 from edgert.kernels_cpu.matmul_ref import matmul_ref
 from edgert.kernels_cpu.nested import Part, move_bits, move_bits_ref, part_bytes
-from edgert.placing import place_base, place_refined, place_rows, split_part
+from edgert.placing import place_base, place_refined, place_rows, split_parts
 from edgert.quant.formats import BASES, BY_NAME, BaseFormat
+from edgert.quant.metrics import relative_rms
 from edgert.quant.packing import pack, unpack
 from edgert.quant.quantize import quantize_ref
 from edgert.quant.reference import dequantize_ref
@@ -29,9 +30,11 @@ from edgert.storage import pack as pack_format
 from edgert.storage import pack_verify, pack_writer
 from edgert.storage.manifest import Extent, TensorEntry
 from tests.command import assert_error, inside
+from tests.gguf_file import write_gguf
+from tests.test_pack import fail_after
 from tests.test_pack_refused import rewritten, sealed
-from tests.tight import tight
-from tests.tiny import prompt_of, tiny_model
+from tests.tight import fixed_process, tight
+from tests.tiny import build, prompt_of, tiny_model
 
 _U8 = npt.NDArray[np.uint8]
 Q8_0 = BY_NAME["Q8_0"]
@@ -188,7 +191,7 @@ def test_placing_puts_base_and_refinement_together(split: tuple[int, ...]) -> No
     raw = q8_rows(rows, K, 9)
     tiles = tiles_of(Q8_0, raw, K)
     entry = TensorEntry("w", Q8_0, (rows, K), Extent(0, 0, tiles.nbytes), "nested", 0, (), split)
-    parts = [split_part(entry, i, rows, tiles) for i in range(len(split))]
+    parts = split_parts(entry, range(len(split)), rows, tiles)
     assert entry.base_bits and sum(p.nbytes for p in parts) == tiles.nbytes
     out = np.empty_like(tiles)
     for bits in entry.base_bits:
@@ -278,6 +281,111 @@ def test_a_flip_in_any_part_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
             path.write_bytes(data)
             with pytest.raises(FormatError, match=r"checksum in output\.weight"):
                 edgert.verify_pack(path)
+
+
+# ----------------------------------------------------------------------------- fewer bits
+
+
+def test_a_base_alone_is_a_model(tmp_path: Path) -> None:
+    """The logits of a model whose weights are those of the base, whatever parts it lies in."""
+    source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
+    tokens = prompt_of("llama", 12)
+    found: dict[tuple[str, int], npt.NDArray[np.float32]] = {}
+    for split in ("4+4", "3+1+4", "3+1+1+3"):
+        out = tmp_path / f"{split}.edgert"
+        for bits in edgert.pack_model(source, out, nested=split).base_bits:
+            options: dict[str, Any] = {"quality_bits": bits, "threads": 2, "context_length": 256}
+            with fixed_process():
+                floor = edgert.plan_model(out, **options, memory_budget=2**62).floor_bytes
+            for budget in (2**62, floor):
+                with fixed_process(), edgert.load(out, **options, memory_budget=budget) as engine:
+                    assert (engine.plan.streamed_bytes > 0) == (budget == floor)
+                    found[split, bits] = now = engine.logits(tokens).copy()
+                assert np.array_equal(now, next(v for (_, b), v in found.items() if b == bits))
+    with tight(source, None) as engine:
+        whole = engine.logits(tokens).copy()
+    errors = {bits: relative_rms(now, whole) for (_, bits), now in found.items()}
+    assert set(errors) == {3, 4, 5} and errors[3] > errors[4] > errors[5] > 0
+    assert errors[4] < 0.5
+    weights = tmp_path / "base.gguf"
+    write_base(source, weights, 4)
+    with tight(weights, None) as engine:  # what is left is the rounding of activations to int8
+        assert relative_rms(found["4+4", 4], engine.logits(tokens)) < 0.03
+
+
+def write_base(source: Path, out: Path, bits: int) -> None:
+    """The model with the matrices that a pack would nest as float32 of their base."""
+    manifest = edgert.read_manifest(source)
+    data = source.read_bytes()
+    tensors = {}
+    for name, entry in manifest.tensors.items():
+        at = entry.extent
+        raw = np.frombuffer(data, np.uint8, at.nbytes, at.offset)
+        values = dequantize_ref(entry.format, raw)
+        if entry.format is Q8_0 and name != "token_embd.weight":
+            values = dequantize_ref(BASES[bits], base_rows(BASES[bits], raw[None]))
+        f32 = BY_NAME["F32"]
+        tensors[name] = (f32, entry.shape, values.astype(np.float32).tobytes())
+    write_gguf(out, build("llama", "F32").metadata, tensors)
+
+
+def test_auto_takes_the_bits_that_fit(tmp_path: Path) -> None:
+    source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
+    edgert.pack_model(source, out, nested="3+1+4")
+    with fixed_process():
+        plans = {b: edgert.plan_model(out, quality_bits=b) for b in (3, 4, 8)}
+        weights = {b: plan.weight_bytes for b, plan in plans.items()}
+        assert weights[3] < weights[4] < weights[8]
+        found = []
+        for budget in range(plans[3].floor_bytes, plans[8].full_bytes + 4096, 64 * 1024):
+            plan = edgert.plan_model(out, quality_bits="auto", memory_budget=budget)
+            bits = next(b for b, nbytes in weights.items() if nbytes == plan.weight_bytes)
+            found.append(bits)
+            if plan.streamed_bytes:
+                assert bits == 3
+            elif bits < 8:
+                wider = {3: 4, 4: 8}[bits]
+                more = edgert.plan_model(out, quality_bits=wider, memory_budget=budget)
+                assert more.streamed_bytes
+        assert found == sorted(found) and set(found) == {3, 4, 8}
+
+
+def test_bits_that_a_model_does_not_have(tmp_path: Path, packed: bytes) -> None:
+    source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
+    out.write_bytes(packed)
+    with pytest.raises(InputError, match=r"m\.gguf is not nested, so it has no 4 bits of 8"):
+        edgert.load(source, quality_bits=4)
+    with pytest.raises(InputError, match=r"has 3, 4 or all 8 bits, not 5"):
+        edgert.load(out, quality_bits=5)
+    for bad in (0, 9, "some"):
+        with pytest.raises(InputError, match="quality_bits is"):
+            edgert.load(out, quality_bits=bad)
+    assert_error(inside("run", out, "-p", "a", "--quality-bits", "9"), 2, "is not auto or 1 to 8")
+
+
+# ----------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_an_interrupted_run_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """With later parts kept, or made from the rows once more; stopped anywhere."""
+    for module in (pack_format, pack_writer, pack_verify):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
+    monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
+    source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
+    edgert.pack_model(source, tmp_path / "whole", nested="3+1+4")
+    monkeypatch.setattr("edgert.pack_pieces._KEPT_BYTES", kept)
+    out = tmp_path / "m.edgert"
+    for writes in (100, 100, 100):
+        restore = fail_after(monkeypatch, writes, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            edgert.pack_model(source, out, nested="3+1+4")
+        restore()
+    edgert.pack_model(source, out, nested="3+1+4")
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.fixture(scope="module")
