@@ -486,6 +486,6 @@ def test_a_nested_pack_from_the_command_line(tmp_path: Path) -> None:
     source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
     run = inside("pack", source, "-o", out, "--nested")
     assert run.returncode == 0 and "% of the source" in run.stderr
-    assert edgert.read_manifest(out).tensors[HEAD].part_bits == (4, 4)
+    assert edgert.read_manifest(out).tensors[HEAD].part_bits == (3, 1, 4)
     assert inside("show", out, "--verify").returncode == 0
     assert_error(inside("pack", source, "-o", out, "--nested", "7+1", "--force"), 2, "of a base")
