@@ -54,7 +54,7 @@ class _Piece:
     rows: int
     offset: int
     part: int | None = None  # of a nested matrix
-    last_part: int | None = None  # the last one that is made with it
+    last_part: int = -1  # the last one that is made with it
 
 
 def _pieces(placed: Sequence[TensorEntry], manifest: Manifest) -> Iterator[_Piece]:
@@ -86,7 +86,7 @@ def _cut(
         step = align_up(step, TILE_ROWS)
     extent = target.extent if part is None else target.parts[part]
     together = sum(p.nbytes for p in target.parts[1:]) <= _KEPT_BYTES
-    last = len(target.parts) - 1 if part is not None and together else part
+    last = -1 if part is None else len(target.parts) - 1 if together else part
     start = extent.offset + index * target.stride
     for first in range(0, rows, step):
         count = min(step, rows - first)
@@ -132,7 +132,7 @@ def write_pieces(
                 continue  # a run before this one wrote it
             rows = (piece.target.name, piece.first_row)
             future = kept.pop(rows, None) or pool.submit(make, piece)
-            if piece.last_part != piece.part:
+            if piece.part is not None and piece.part < piece.last_part:
                 kept[rows] = future
             made.append((piece, future))
             if len(made) > _AHEAD:
