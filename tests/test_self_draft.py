@@ -236,18 +236,18 @@ class Failing(FileBackend):
 
     def read_into(self, file_index: int, offset: int, buffer: memoryview) -> None:
         if self.broken:
-            raise StorageError("the disk is gone")
+            raise StorageError(Path("x"), offset, len(buffer), "the disk is gone")
         super().read_into(file_index, offset, buffer)
 
 
 def test_reads_that_fail_while_it_drafts(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Failing([nested])
-    with tight(nested, SPARE, backend=backend, **SIZES) as engine:
+    monkeypatch.setattr(Failing, "broken", False)
+    with tight(nested, SPARE, backend=Failing, **SIZES) as engine:
         want = say(engine, temperature=0, speculate=False)
         draft = Forward.draft
 
         def failing(self: Forward, tokens: Any, vocabulary: int, ticket: Any = None) -> Any:
-            backend.broken = True
+            Failing.broken = True
             return draft(self, tokens, vocabulary, ticket)
 
         for _ in range(2):
@@ -255,7 +255,7 @@ def test_reads_that_fail_while_it_drafts(nested: Path, monkeypatch: pytest.Monke
             with pytest.raises(StorageError, match="gone"):
                 say(engine, temperature=0)
             monkeypatch.setattr(Forward, "draft", draft)
-            backend.broken = False
+            Failing.broken = False
             assert say(engine, temperature=0) == want
 
 
