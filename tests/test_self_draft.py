@@ -41,7 +41,9 @@ def nested(request: pytest.FixtureRequest, tiny_gguf: Path, tmp_path_factory: An
 
 
 @pytest.fixture(autouse=True)
-def slow_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_flash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And nothing is known of how often these models are right."""
+    monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: tmp_path / "cache" / "k")
     monkeypatch.setattr(PassCosts, "table", lambda self, most: [1.0] * (most + 1))
     monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
 
