@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -99,6 +99,7 @@ class ModelOptions:
     context_length: int | None = None
     threads: int | None = None
     kv_cache_type: str = "f16"
+    quality_bits: int | str | None = None
 
     @property
     def path(self) -> Path:
@@ -120,6 +121,7 @@ class ModelOptions:
             "context_length": self.context_length,
             "threads": self.threads,
             "kv_cache_type": self.kv_cache_type,
+            "quality_bits": self.quality_bits,
         }
 
     def full_and_floor(self) -> tuple[int, int]:
@@ -152,6 +154,16 @@ def _budget(context: click.Context, parameter: click.Parameter, value: str | Non
         return None if value is None else parse_budget(value)
     except InputError as error:
         raise click.BadParameter(str(error), context, parameter) from None
+
+
+def _quality_bits(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not value.isdecimal() or not 1 <= int(value) <= 8:
+        raise click.BadParameter(f"{value!r} is not auto or 1 to 8", context, parameter)
+    return int(value)
 
 
 def _option(*names: str, **settings: Any) -> Callable[[F], F]:
@@ -273,12 +285,19 @@ def load_options_without_budget(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        names = ("model", "memory_budget", "context_length", "threads", "kv_cache_type")
+        names = tuple(field.name for field in fields(ModelOptions))
         options = ModelOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
         return function(*args, options=options, **kwargs)
 
     decorated: Any = wrapper
     for option in (
+        _option(
+            "--quality-bits",
+            metavar="BITS",
+            callback=_quality_bits,
+            help="Of a nested pack, use only these top bits of 8: smaller, and lossy. auto: as "
+            "many as fit without streaming.",
+        ),
         _option(
             "-ctk",
             "--kv-cache-type",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgert.models.reference import load_reference_weights
-from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
+from edgert.quant.formats import BASES, FORMATS, PLANES, PlaneFormat, QuantFormat
 from edgert.quant.packing import Array
 from edgert.quant.planes import dequantize_stack_ref, quantize, quantize_stack
 from edgert.quant.quantize import quantize_ref
@@ -72,9 +72,9 @@ def main() -> None:
     for fmt in PLANES.values():
         errors = " | ".join(f"{error(fmt, weights, method):.2f} %" for method in METHODS)
         print(f"| {fmt.name} | {fmt.bits_per_weight} | {errors} |")
-    for name in ("Q4_0", "Q4_1"):
-        e = error(BY_NAME[name], weights, lambda f, w: dequantize_ref(f, quantize_ref(f, w)))
-        print(f"| {name} | {BY_NAME[name].bits_per_weight} | {e:.2f} % | | | |")
+    for name in ("Q4_0", "Q4_1", *(fmt.name for fmt in BASES.values())):
+        e = error(FORMATS[name], weights, lambda f, w: dequantize_ref(f, quantize_ref(f, w)))
+        print(f"| {name} | {FORMATS[name].bits_per_weight} | {e:.2f} % | | | |")
 
 
 if __name__ == "__main__":
