@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from edgert.acceptance_file import load_acceptance, save_acceptance
 from edgert.accounting import memory_report
 from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
@@ -35,7 +36,7 @@ from edgert.prediction import Prediction, predict
 from edgert.programs import Programs, build_programs, take_buffers
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
 from edgert.sampler import Sampler
-from edgert.self_draft import SelfDrafter, self_acceptance
+from edgert.self_draft import SelfDrafter
 from edgert.session import GenerationOptions, Session, complete
 from edgert.speculation import Drafter
 from edgert.storage.backend import Backend
@@ -76,7 +77,7 @@ class Engine:
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
         self.experts: ExpertControl | None = None  # None: a dense model
-        self.acceptance = {greedy: self_acceptance() for greedy in (False, True)}
+        self.acceptance = load_acceptance(opened.manifest.files, plan)
         self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
@@ -389,6 +390,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        save_acceptance(self._files, self.plan, self.acceptance)
         while self._held:
             self._held.pop()()
         trim_heap()
