@@ -191,6 +191,8 @@ def _refuse_combinations(given: dict[str, Any]) -> None:
         raise click.UsageError("give one of --kernels, --attention, --baseline and --speculate")
     if given["prompt_file"] is not None and not given["speculate"]:
         raise click.UsageError("--prompt-file needs --speculate")
+    if given["draft_model"] is not None and not given["speculate"]:
+        raise click.UsageError("--draft-model needs --speculate")
     if parts and _model_was_typed():
         raise click.UsageError("--kernels and --attention measure without a model")
     if given["formats"] is not None and not given["kernels"]:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -100,6 +100,7 @@ class ModelOptions:
     context_length: int | None = None
     threads: int | None = None
     kv_cache_type: str = "f16"
+    quality_bits: int | str | None = None
     draft_model: Path | None = None
 
     @property
@@ -122,6 +123,7 @@ class ModelOptions:
             "context_length": self.context_length,
             "threads": self.threads,
             "kv_cache_type": self.kv_cache_type,
+            "quality_bits": self.quality_bits,
         }
 
     def full_and_floor(self) -> tuple[int, int]:
@@ -155,6 +157,16 @@ def _budget(context: click.Context, parameter: click.Parameter, value: str | Non
         return None if value is None else parse_budget(value)
     except InputError as error:
         raise click.BadParameter(str(error), context, parameter) from None
+
+
+def _quality_bits(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | str | None:
+    if value is None or value == "auto":
+        return value
+    if not value.isdecimal() or not 1 <= int(value) <= 8:
+        raise click.BadParameter(f"{value!r} is not auto or 1 to 8", context, parameter)
+    return int(value)
 
 
 def _option(*names: str, **settings: Any) -> Callable[[F], F]:
@@ -276,12 +288,19 @@ def load_options_without_budget(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        names = ("model", "memory_budget", "context_length", "threads", "kv_cache_type")
+        names = tuple(field.name for field in fields(ModelOptions))
         options = ModelOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
         return function(*args, options=options, **kwargs)
 
     decorated: Any = wrapper
     for option in (
+        _option(
+            "--quality-bits",
+            metavar="BITS",
+            callback=_quality_bits,
+            help="Of a nested pack, use only these top bits of 8: smaller, and lossy. auto: as "
+            "many as fit without streaming.",
+        ),
         _option(
             "-ctk",
             "--kv-cache-type",
@@ -311,13 +330,8 @@ def load_options_without_budget(function: F) -> F:
 
 
 def draft_option(function: F) -> F:
-    """Add --draft-model, below `load_options`: it becomes part of `options`."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, options: ModelOptions, draft_model: Path | None, **kwargs: Any) -> Any:
-        return function(*args, options=replace(options, draft_model=draft_model), **kwargs)
-
-    decorated = _option(
+    """Add --draft-model, below `load_options`: it becomes a part of `options`."""
+    return _option(
         "-md",
         "--draft-model",
         "--model-draft",
@@ -325,8 +339,7 @@ def draft_option(function: F) -> F:
         metavar="FILE",
         help="A smaller model with the same vocabulary that guesses tokens, where that is faster; "
         "the same tokens either way. It is in memory as a whole, inside the same budget.",
-    )(wrapper)
-    return cast(F, decorated)
+    )(function)
 
 
 def trace_option(function: F) -> F:

@@ -35,10 +35,11 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
 @click.option(
     "--nested",
     is_flag=False,
-    flag_value="4+4",
+    flag_value="3+1+4",
     metavar="BITS",
-    help="Keep matrices of Q8_0 in parts of these bits, most significant first; without BITS 4+4. "
-    "The same weights to the bit; the first parts alone guess tokens while the rest is streamed.",
+    help="Keep matrices of Q8_0 in parts of these bits, top ones first: the same weights to the "
+    "bit, whose first 3 to 5 bits can stay in memory and guess tokens while the rest is "
+    "streamed. Without BITS 3+1+4: 3 or 4 bits, as the budget allows, and the rest in one read.",
 )
 @click.option("--nearest", is_flag=True, help="Round to nearest: half the time, less exact.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")

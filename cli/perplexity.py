@@ -61,7 +61,7 @@ def perplexity(
 
     \b
     edgert perplexity model.gguf -f wiki.test.raw -b 2GiB
-    edgert perplexity model-Q8_0.gguf model-P4_128.edgert model-P3_128.edgert -f wiki.test.raw
+    edgert perplexity q8_0.gguf p4_128.edgert p3_128.edgert -f wiki.test.raw
     """
     text = None if file is None else without_last_newline(read_text(file))
     if text == "":

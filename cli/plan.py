@@ -100,13 +100,34 @@ def forecast_text(found: Forecast) -> str:
         f"prefill  {about}{guess.prefill_tok_s:.4g} tok/s, {guess.prompt_tokens} tokens in "
         f"{guess.first_token_seconds:.2g} s",
         f"decode   {about}{guess.decode_tok_s:.3g} tok/s, limited by {limit}",
+        *_drafting(found),
         "",
     ]
-    header = ("budget", "resident", "read a pass", "prefill tok/s", "decode tok/s", "limit")
-    return "\n".join(lines) + "\n" + table(header, [_row(point) for point in found.curve])
+    drafts = any(point.draft_tok_s for point in found.curve)
+    header = ["budget", "resident", "read a pass", "prefill tok/s", "decode tok/s", "limit"]
+    header += ["with drafts"] if drafts else []
+    rows = [_row(point, drafts) for point in found.curve]
+    return "\n".join(lines) + "\n" + table(header, rows)
 
 
-def _row(point: Any) -> tuple[str, ...]:
+def _drafting(found: Forecast) -> list[str]:
+    """What the model's own drafts will do."""
+    drafts = found.drafting
+    if drafts is None:
+        return []
+    how = "learnt of this model" if drafts.is_learnt else "assumed until it has drafted"
+    gain = drafts.decode_tok_s / found.prediction.decode_tok_s
+    spent = drafts.drafted_tokens * drafts.draft_seconds
+    return [
+        f"drafts   {drafts.decode_tok_s:.3g} tok/s, {gain:.1f} times as fast: of "
+        f"{drafts.drafted_tokens} tokens drafted in {spent:.2g} s",
+        f"         {drafts.tokens_per_pass - 1:.1f} are kept, and one more from verifying them, "
+        f"if {100 * drafts.acceptance:.0f} % are right ({how})",
+    ]
+
+
+def _row(point: Any, drafts: bool) -> tuple[str, ...]:
+    more = (f"{point.draft_tok_s:.3g}" if point.draft_tok_s else "-",) if drafts else ()
     return (
         format_bytes(point.budget_bytes),
         format_bytes(point.resident_bytes),
@@ -114,6 +135,7 @@ def _row(point: Any) -> tuple[str, ...]:
         f"{point.prefill_tok_s:.4g}",
         f"{point.decode_tok_s:.3g}",
         point.limit,
+        *more,
     )
 
 

@@ -89,6 +89,7 @@ class LoadOptions:
     threads: int | None = None
     kv_cache_type: str = "f16"
     prefill_tokens: int | None = None  # tokens computed together while reading the prompt
+    quality_bits: int | str | None = None  # of 8, from a nested pack: lossy; "auto": what fits
 
     def __post_init__(self) -> None:
         _check_budget(self.memory_budget)
@@ -100,6 +101,8 @@ class LoadOptions:
             raise InputError(f"kv_cache_type is {self.kv_cache_type!r}; choose 'f16' or 'f32'")
         if self.prefill_tokens is not None:
             _whole("prefill_tokens", self.prefill_tokens, 1, 2**20)
+        if self.quality_bits not in (None, "auto"):
+            _whole("quality_bits", self.quality_bits, 1, 8)
 
 
 def _check_budget(budget: int | str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
+from edgert.acceptance_file import load_acceptance, save_acceptance
 from edgert.accounting import memory_report
 from edgert.budget import resolve_budget, within_cgroup
 from edgert.chat_template import render_chat
@@ -22,7 +23,7 @@ from edgert.draft_model import DraftModel
 from edgert.elastic_arena import ElasticArena, arena_bytes
 from edgert.errors import EdgertError, InputError
 from edgert.expert_control import ExpertControl
-from edgert.forward import Forward, Ticket
+from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.kv_cache import KvLayout
 from edgert.kernels_cpu.rope import rope_table
@@ -34,10 +35,7 @@ from edgert.plan_parts import Need, need_of
 from edgert.prediction import Prediction, predict
 from edgert.programs import Programs, build_programs, take_buffers
 from edgert.results import Completion, MemoryReport, RunStats, TokenEvent
-from edgert.sampler import Sampler
-from edgert.self_draft import SelfDrafter, self_acceptance
 from edgert.session import GenerationOptions, Session, complete
-from edgert.speculation import Drafter
 from edgert.storage.backend import Backend
 from edgert.storage.pages import cached_bytes
 from edgert.threads import ThreadTeam
@@ -76,7 +74,7 @@ class Engine:
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
         self.experts: ExpertControl | None = None  # None: a dense model
-        self.acceptance = {greedy: self_acceptance() for greedy in (False, True)}
+        self.acceptance = load_acceptance(opened.manifest.files, plan)
         self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
         self._metadata = {
@@ -90,7 +88,7 @@ class Engine:
             opened.spec, opened.manifest, plan.threads, plan.kv_cache_type, plan.tile_bytes
         )
         self._held: list[Callable[[], None]] = [backend.close]  # what `close` undoes, last first
-        self._draft_model = draft_model
+        self.draft_model = draft_model
         if draft_model is not None:
             self._held.append(draft_model.close)
         try:
@@ -276,16 +274,6 @@ class Engine:
         self._check_open()
         return self.forward.evaluate(list(tokens), self.vocab_size, last=len(tokens))
 
-    def drafters(self, sampler: Sampler, ticket: Ticket) -> list[Drafter]:
-        """Who guesses, beside the prompt lookup, in a generation with this sampler."""
-        ends, found = self.tokenizer.eos_ids, list[Drafter]()
-        if self.plan.can_draft:
-            learnt = self.acceptance[sampler.is_greedy]
-            found += [SelfDrafter(self.forward, self.vocab_size, sampler, ends, learnt, ticket)]
-        if self._draft_model is not None:
-            found += [self._draft_model.drafter(sampler, ends, ticket)]
-        return found
-
     # ---- text ----------------------------------------------------------------------------------
 
     def session(self) -> Session:
@@ -390,6 +378,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        save_acceptance(self._files, self.plan, self.acceptance)
         while self._held:
             self._held.pop()()
         trim_heap()

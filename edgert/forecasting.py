@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgert.acceptance_file import load_acceptance
 from edgert.budget import resolve_budget
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile
+from edgert.draft_forecast import DraftForecast, forecast_drafting
 from edgert.loading import planner, process_bytes
 from edgert.machine import available_bytes, default_threads
 from edgert.opening import Opened, open_model
@@ -34,7 +36,8 @@ class Point:
     resident_bytes: int
     streamed_bytes: int
     prefill_tok_s: float
-    decode_tok_s: float
+    decode_tok_s: float  # without drafts
+    draft_tok_s: float  # with those the model makes itself; 0 where it cannot
     limit: str
 
 
@@ -45,6 +48,7 @@ class Forecast:
     plan: Plan
     prediction: Prediction
     curve: tuple[Point, ...]  # from the smallest budget that works to the whole model
+    drafting: DraftForecast | None  # where the plan lets the model draft for itself
     profile_kept: bool  # False: the cache folder cannot be written, so it is measured each time
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +56,7 @@ class Forecast:
         return {
             "prediction": self.prediction.to_dict(),
             "curve": [asdict(point) for point in self.curve],
+            "drafting": None if self.drafting is None else asdict(self.drafting),
         }
 
 
@@ -99,14 +104,20 @@ def forecast(
         assert found is not None, "the profile was measured for this model"
         return found
 
+    def drafting(plan: Plan, plain: Prediction) -> DraftForecast | None:
+        known = load_acceptance(opened.manifest.files, plan)[True]
+        return forecast_drafting(plan, plain, known.mean if known.learnt else None)
+
     def point(nbytes: int) -> Point:
         plan = plan_for(nbytes)
         found = predicted(plan)
+        drafts = drafting(plan, found)
         return Point(
             nbytes, plan.resident_bytes, plan.streamed_bytes, found.prefill_tok_s,
-            found.decode_tok_s, found.limit,
+            found.decode_tok_s, drafts.decode_tok_s if drafts else 0.0, found.limit,
         )  # fmt: skip
 
     plan = plan_for(budget)
     budgets = sorted({floor + (full - floor) * i // (POINTS - 1) for i in range(POINTS)})
-    return Forecast(plan, predicted(plan), tuple(map(point, budgets)), kept)
+    found = predicted(plan)
+    return Forecast(plan, found, tuple(map(point, budgets)), drafting(plan, found), kept)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from edgert.budget import resolve_budget, within_cgroup
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile, load_profile
-from edgert.errors import ModelError, UnsupportedError
+from edgert.errors import BudgetError, InputError, ModelError, UnsupportedError
 from edgert.machine import (
     available_bytes,
     default_threads,
@@ -26,7 +28,7 @@ from edgert.plan_parts import Need
 from edgert.storage.arena import absent_bytes
 from edgert.units import MIB
 
-__all__ = ["make_plan", "planner", "process_bytes"]
+__all__ = ["at_quality", "make_plan", "planner", "process_bytes"]
 
 # What the process itself holds beside the arena: interpreter, NumPy, Numba and LLVM, tokenizer and
 # compiled kernels, and what they allocate while running. Measured 107 MiB after loading; the plan
@@ -69,6 +71,36 @@ def planner(
             raise type(error)(f"{opened.path}: {error}") from None
 
     return plan_for
+
+
+def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Opened, LoadOptions]:
+    """The model that `options.quality_bits` asks for, and the options to load it with.
+
+    "auto" takes the widest that needs no streaming, or else the narrowest; a share of the budget is
+    then one of the whole model. Raises `InputError` for bits that the model does not have.
+    """
+    bits, manifest = options.quality_bits, opened.manifest
+    if bits is None or bits == 8:
+        return opened, options
+    if not manifest.base_bits:
+        raise InputError(
+            f"{opened.path} is not nested, so it has no {bits} bits of 8; make it one with "
+            "edgert pack --nested"
+        )
+    models = {b: replace(opened, manifest=manifest.base(b)) for b in manifest.base_bits}
+    if bits != "auto":
+        if bits not in models:
+            has = ", ".join(map(str, models))
+            raise InputError(f"{opened.path} has {has} or all 8 bits, not {bits}")
+        return models[int(bits)], options
+    full = planner(opened, options, process, None)(sys.maxsize).full_bytes
+    budget = resolve_budget(options.memory_budget, full, available_bytes())
+    options = replace(options, memory_budget=budget)
+    for model in (opened, *reversed(models.values())):
+        with suppress(BudgetError):
+            if not planner(model, options, process, None)(budget).streamed_bytes:
+                break
+    return model, options
 
 
 def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool = False) -> Plan:

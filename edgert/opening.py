@@ -104,6 +104,7 @@ def load(
     threads: int | None = None,
     kv_cache_type: str = "f16",
     prefill_tokens: int | None = None,
+    quality_bits: int | str | None = None,
     draft_model: str | Path | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
@@ -115,16 +116,20 @@ def load(
     the machine or the enclosing cgroup has free; above the cgroup's limit it is that limit, with a
     warning. It covers the whole process. `context_length`: tokens of prompt and answer; `threads`:
     by default the cores this process may use; `kv_cache_type`: "f16" or "f32"; `prefill_tokens`:
-    most tokens of one pass. None lets the plan choose. `draft_model`: a smaller model with the same
-    vocabulary, whose guesses this one verifies; inside the same budget, and in memory as a whole.
-    `on_progress(what, done, to_do)` is called while compiling and loading.
+    most tokens of one pass. None lets the plan choose. `quality_bits`: use only these top bits of
+    the matrices of a nested pack, which is lossy; "auto" takes as many as fit without streaming,
+    all 8 where they do. `draft_model`: a smaller model with the same vocabulary, whose guesses this
+    one verifies; inside the same budget, and in memory as a whole. `on_progress(what, done, to_do)`
+    is called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
     `timeline` records what the engine does.
 
     Raises `BudgetError` before any weight is read, `ModelError`, `UnsupportedError`, `InputError`,
     `StorageError`.
     """
-    options = LoadOptions(memory_budget, context_length, threads, kv_cache_type, prefill_tokens)
+    options = LoadOptions(
+        memory_budget, context_length, threads, kv_cache_type, prefill_tokens, quality_bits
+    )
     opened = open_model(path)
     wanted = opened.kernel_set(kv_cache_type)
     for name, done, total in compile_apart(wanted, _bytes_of(memory_budget)):
@@ -133,7 +138,7 @@ def load(
 
     from edgert.engine import Engine
     from edgert.kernels import compile_here
-    from edgert.loading import make_plan, process_bytes
+    from edgert.loading import at_quality, make_plan, process_bytes
     from edgert.storage.backend import FileBackend
     from edgert.tokenizer import Tokenizer
 
@@ -148,7 +153,9 @@ def load(
         opened = opened.without_vocabulary()
         for _ in compile_here(wanted):
             pass
-        plan = make_plan(opened, options, process_bytes(opened, measured=True), here=True)
+        process = process_bytes(opened, measured=True)
+        opened, options = at_quality(opened, options, process)
+        plan = make_plan(opened, options, process, here=True)
         manifest = opened.manifest
         if backend is None:
             files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
@@ -173,10 +180,12 @@ def plan_model(path: str | Path | None = None, **options: Any) -> Plan:
 
     Takes the options of `load` that decide a plan, and raises as `load` does.
     """
-    from edgert.loading import make_plan, process_bytes
+    from edgert.loading import at_quality, make_plan, process_bytes
 
     opened = open_model(path)
-    return make_plan(opened, LoadOptions(**options), process_bytes(opened, measured=False))
+    process = process_bytes(opened, measured=False)
+    opened, chosen = at_quality(opened, LoadOptions(**options), process)
+    return make_plan(opened, chosen, process)
 
 
 def warmup(path: str | Path | None = None) -> Iterator[tuple[str, int, int]]:

@@ -1,39 +1,32 @@
 """Making a pack: a model's weights in the order and layout in which they are used.
 
-Owns: where each tensor goes in the file, which ones are quantised again, and making their bytes
-piece by piece. Must not know how the file is written or checked (storage/pack_writer.py).
+Owns: where each tensor goes in the file, which ones are quantised again, which nested. Must not
+know how the bytes are made (pack_pieces.py), written or checked (storage/pack_writer.py).
 
 The order is that of the forward pass, so that streaming reads forwards. Matrices are in tiles, the
 experts of a layer one record each; vectors stay rows, and so does the embedding, of which single
 rows are read. With tied embeddings the head is placed from those rows, as it is from a GGUF: it is
 read once, while a second copy would be a quarter of a small model.
-
-A nested matrix lies part by part. Each part is made from the rows anew, so that nothing but pieces
-is ever held: the source is read as often as there are parts.
 """
 
 from __future__ import annotations
 
-import mmap
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError, UnsupportedError
-from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, repack
+from edgert.kernels_cpu.layout import matrix_bytes
 from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.opening import open_model
-from edgert.placing import split_part
+from edgert.pack_pieces import write_pieces
 from edgert.quant.formats import BASES, PLANES, PlaneFormat, QuantFormat
-from edgert.quant.reference import dequantize_ref
-from edgert.storage.backend import FileBackend, aligned_range
+from edgert.storage.backend import FileBackend
 from edgert.storage.gguf import metadata_bytes
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.pack import (
@@ -46,35 +39,17 @@ from edgert.storage.pack import (
     part_bytes,
 )
 from edgert.storage.pack_writer import PackWriter, data_offset_of
-from edgert.units import MIB, align_up
+from edgert.units import align_up
 
 __all__ = ["pack_model"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
-_Bytes = npt.NDArray[np.uint8]
-
-_PIECE_BYTES = 2 * MIB  # of the source made at a time
-_PIECE_WEIGHTS = 1 << 18  # when quantising: some 30 MiB of float64 temporaries for each thread
-_THREADS = 2  # that make pieces, while a third writes
-_AHEAD = 4  # pieces made and not written
 
 # What a plane format is for: most of the weights. The router decides which experts run.
 _QUANTISED = frozenset({
     TensorRole.Q_PROJ, TensorRole.K_PROJ, TensorRole.V_PROJ, TensorRole.O_PROJ,
     TensorRole.GATE_PROJ, TensorRole.UP_PROJ, TensorRole.DOWN_PROJ,
 })  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Consecutive rows of one matrix, and where their bytes go in the data."""
-
-    source: TensorEntry
-    target: TensorEntry
-    first_row: int  # of all rows of the source
-    rows: int
-    offset: int
-    part: int | None = None  # of a nested matrix
 
 
 def pack_model(
@@ -123,18 +98,26 @@ def pack_model(
     stamp = repr([(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in manifest.files)])
     stamp += " ".join(f"{name} {values.tobytes().hex()}" for name, values in importance.items())
     with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
-        pieces = list(_pieces(placed, manifest))
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
-
-            def make(piece: _Piece, staging: _Bytes) -> _Bytes:
-                return _made(piece, staging, backend, refine, importance)
-
-            _write(writer, pieces, make, data_bytes, on_progress)
+            planes = partial(_planes, refine=refine, importance=importance)
+            write_pieces(writer, placed, manifest, backend, planes, data_bytes, on_progress)
         finally:
             backend.close()
         writer.finish(on_progress and (lambda done, total: on_progress("verify", done, total)))
     return open_model(out).manifest
+
+
+def _planes(
+    target: TensorEntry,
+    weights: npt.NDArray[np.float32],
+    refine: bool,
+    importance: Mapping[str, npt.NDArray[np.float32]],
+) -> npt.NDArray[np.uint8]:
+    """Weights [rows, columns] in the plane format of `target`."""
+    fmt = target.format
+    assert isinstance(fmt, PlaneFormat)
+    return quantize_planes(fmt, weights, importance.get(target.name), refine=refine)
 
 
 def _format(type_name: str) -> PlaneFormat | None:
@@ -255,117 +238,3 @@ def _moved(entry: TensorEntry, by: int) -> TensorEntry:
 
     parts = tuple(moved(part) for part in entry.parts)
     return replace(entry, extent=moved(entry.extent), parts=parts)
-
-
-# ---- making the bytes ---------------------------------------------------------------------------
-
-
-def _pieces(placed: Sequence[TensorEntry], manifest: Manifest) -> Iterator[_Piece]:
-    """Everything to write, in file order."""
-    i = 0
-    while i < len(placed):
-        if not placed[i].stride:
-            source = manifest.tensors[placed[i].name]
-            for part in range(len(placed[i].parts)) or (None,):
-                yield from _cut(source, placed[i], 0, part)
-            i += 1
-            continue
-        for expert in range(placed[i].shape[0]):
-            for target in placed[i : i + 3]:
-                yield from _cut(manifest.tensors[target.name], target, expert)
-        i += 3
-
-
-def _cut(
-    source: TensorEntry, target: TensorEntry, index: int, part: int | None = None
-) -> Iterator[_Piece]:
-    """One matrix of a tensor, or a part of it, in pieces of whole tiles; a vector is one row."""
-    rows, columns = (1, *target.shape)[-2:]
-    row_bytes = source.format.row_bytes(columns)
-    step = max(1, _PIECE_BYTES // row_bytes)
-    if target.format is not source.format:
-        step = max(1, min(step, _PIECE_WEIGHTS // columns))
-    if target.layout != "rows":
-        step = align_up(step, TILE_ROWS)
-    extent = target.extent if part is None else target.parts[part]
-    start = extent.offset + index * target.stride
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        before = _bytes_of(target, first, part) if first else 0
-        yield _Piece(source, target, index * rows + first, count, start + before, part)
-
-
-def _bytes_of(target: TensorEntry, rows: int, part: int | None) -> int:
-    columns = target.shape[-1]
-    if part is not None:
-        return part_bytes(target.part_bits[part], part == 0, rows, columns)
-    if target.layout == "rows":
-        return rows * target.format.row_bytes(columns)
-    return matrix_bytes(target.format, rows, columns)
-
-
-def _write(
-    writer: PackWriter,
-    pieces: Sequence[_Piece],
-    make_in: Callable[[_Piece, _Bytes], _Bytes],
-    data_bytes: int,
-    on_progress: Progress | None,
-) -> None:
-    """Make pieces in threads and append them in order, from where the writer is."""
-    longest = max(p.rows * p.source.format.row_bytes(p.source.shape[-1]) for p in pieces)
-    local = threading.local()
-
-    def make(piece: _Piece) -> _Bytes:
-        if not hasattr(local, "staging"):
-            room = mmap.mmap(-1, align_up(longest, PAGE) + PAGE)
-            local.staging = np.frombuffer(room, np.uint8)
-        return make_in(piece, local.staging)
-
-    pool = ThreadPoolExecutor(_THREADS, "edgert-pack")
-    made: deque[tuple[_Piece, Future[_Bytes]]] = deque()
-    try:
-        for piece in pieces:
-            if piece.offset + _bytes_of(piece.target, piece.rows, piece.part) <= writer.position:
-                continue  # a run before this one wrote it
-            made.append((piece, pool.submit(make, piece)))
-            if len(made) > _AHEAD:
-                _append(writer, *made.popleft())
-                if on_progress:
-                    on_progress("pack", writer.position, data_bytes)
-        while made:
-            _append(writer, *made.popleft())
-        writer.append(memoryview(bytes(data_bytes - writer.position)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _append(writer: PackWriter, piece: _Piece, made: Future[_Bytes]) -> None:
-    """Write a piece, and zeros up to it; without what a run before this one wrote of it."""
-    if piece.offset > writer.position:
-        writer.append(memoryview(bytes(piece.offset - writer.position)))
-    writer.append(made.result()[writer.position - piece.offset :].data)
-
-
-def _made(
-    piece: _Piece,
-    staging: _Bytes,
-    backend: FileBackend,
-    refine: bool,
-    importance: Mapping[str, npt.NDArray[np.float32]],
-) -> _Bytes:
-    """The bytes of a piece as they go into the file."""
-    source, target, columns = piece.source, piece.target, piece.source.shape[-1]
-    extent = source.rows(piece.first_row, piece.first_row + piece.rows)
-    offset, nbytes, skip = aligned_range(extent, backend.alignment)
-    backend.read_into(extent.file_index, offset, staging[:nbytes].data)
-    raw = staging[skip : skip + extent.nbytes]
-    if target.layout == "rows":
-        return raw.copy()
-    if isinstance(target.format, PlaneFormat) and target.format is not source.format:
-        weights = dequantize_ref(source.format, raw).reshape(piece.rows, columns)
-        raw = quantize_planes(
-            target.format, weights, importance.get(target.name), refine=refine
-        ).reshape(-1)
-    tiles = np.empty(matrix_bytes(target.format, piece.rows, columns), np.uint8)
-    repack(target.format, raw, piece.rows, columns, tiles)
-    return tiles if piece.part is None else split_part(target, piece.part, piece.rows, tiles)

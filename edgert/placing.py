@@ -15,16 +15,19 @@ import numpy.typing as npt
 from edgert.kernels_cpu.layout import matrix_bytes, repack, tile_count
 from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
 from edgert.plan_parts import ExpertRecord
+from edgert.quant.formats import BaseFormat
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_base", "place_expert", "place_refined", "place_rows", "split_part"]
+__all__ = ["place_base", "place_expert", "place_refined", "place_rows", "split_parts"]
 
 _Bytes = npt.NDArray[np.uint8]
 
 
 def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
     """Write `n_rows` rows of a matrix to `out` in tiles; `raw` is what `entry.extents` names."""
-    if entry.layout == "nested":
+    if isinstance(entry.format, BaseFormat) and entry.layout == "nested":
+        place_base(entry, entry.format.bits, n_rows, raw, out)
+    elif entry.layout == "nested":
         place_refined(entry, entry.part_bits[0], n_rows, raw[0], raw[1:], out)
     elif entry.layout == "tiles":
         out[:] = raw[0]
@@ -56,13 +59,17 @@ def place_refined(
     move_bits(_blocks(entry, n_rows), [Part(base, 8 - bits, bits), *rest], [Part(out, 0, 8)])
 
 
-def split_part(entry: TensorEntry, part: int, n_rows: int, tiles: _Bytes) -> _Bytes:
-    """A part, as the file is to hold it, of `n_rows` rows in `tiles` of Q8_0."""
-    bits, low = entry.part_bits[part], 8 - sum(entry.part_bits[: part + 1])
+def split_parts(
+    entry: TensorEntry, numbers: Sequence[int], n_rows: int, tiles: _Bytes
+) -> list[_Bytes]:
+    """Parts `numbers`, as the file is to hold them, of `n_rows` rows in `tiles` of Q8_0."""
     n_blocks = _blocks(entry, n_rows)
-    out = np.empty(part_bytes(bits, low, n_blocks), np.uint8)
-    move_bits(n_blocks, [Part(tiles, 0, 8)], [Part(out, low, bits)])
-    return out
+    parts = []
+    for i in numbers:
+        bits, low = entry.part_bits[i], 8 - sum(entry.part_bits[: i + 1])
+        parts.append(Part(np.empty(part_bytes(bits, low, n_blocks), np.uint8), low, bits))
+    move_bits(n_blocks, [Part(tiles, 0, 8)], parts)
+    return [part.data for part in parts]
 
 
 def _blocks(entry: TensorEntry, n_rows: int) -> int:

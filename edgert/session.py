@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgert.config import SamplingParams
+from edgert.drafters import drafters_of
 from edgert.errors import CancelledError, ContextError, InputError
 from edgert.forward import Ticket
 from edgert.prompt_lookup import PromptLookup
@@ -119,7 +120,7 @@ class Session:
         """
         engine, tokens, plan = self._engine, self.tokens, self._engine.plan
         most = min(options.draft_max, plan.prefill_tokens - 1, plan.logit_rows - 1)
-        drafters = [PromptLookup(), *engine.drafters(sampler, self._ticket)]
+        drafters = [PromptLookup(), *drafters_of(engine, sampler, self._ticket)]
         speculator = Speculator(drafters, engine.forward.costs, most if options.speculate else 0)
         progress, drafted = options.on_prefill, list[int]()
         while True:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["MOST_DRAFTED", "Acceptance", "Drafter", "PassCosts", "Speculator"]
 
@@ -60,6 +60,7 @@ class Acceptance:
         self._seen = [self._PRIOR, self._PRIOR * sum(priors) / len(priors)]  # of all kinds
         self._seconds = deque[float](maxlen=self._KEPT)
         self._idle = 0
+        self.learnt = 0  # guesses that were verified, ever
 
     def chance(self, kind: int) -> float:
         """Of a guess of this kind behind right ones."""
@@ -89,9 +90,24 @@ class Acceptance:
 
     def learn(self, kind: int, right: bool) -> None:
         """A guess of this kind was verified."""
+        self.learnt += 1
         self._tried[kind] = self._tried[kind] * self._MEMORY + 1
         self._right[kind] = self._right[kind] * self._MEMORY + right
         self._seen = [self._seen[0] * self._MEMORY + 1, self._seen[1] * self._MEMORY + right]
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as plain values."""
+        plain = {"tried": self._tried, "right": self._right, "seen": self._seen}
+        return plain | {"learnt": self.learnt}
+
+    def restore(self, plain: dict[str, Any]) -> None:
+        """Know what another one knew. Raises KeyError, TypeError or ValueError for nonsense."""
+        tried, right, seen = plain["tried"], plain["right"], plain["seen"]
+        pairs = [*zip(tried, right, strict=True), tuple(seen)]
+        if len(tried) != len(self._tried) or not all(0 < t < 1e3 and 0 <= r <= t for t, r in pairs):
+            raise ValueError("no acceptance of these kinds")
+        self._tried, self._right, self._seen = list(tried), list(right), list(seen)
+        self.learnt = int(plain["learnt"])
 
 
 class PassCosts:

@@ -7,10 +7,11 @@ Must not know how a file is read, nor what a tensor is for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from edgert.quant.formats import BASES, QuantFormat
@@ -63,11 +64,22 @@ class TensorEntry:
     @property
     def base_bits(self) -> tuple[int, ...]:
         """Widths that can be a base: those of the first parts together that have a kernel."""
-        return tuple(b for b in accumulate(self.part_bits) if b in BASES)
+        widths = tuple(accumulate(self.part_bits))
+        return tuple(b for b in widths if b in BASES) if widths[-1:] == (8,) else ()
 
     def base_parts(self, bits: int) -> int:
         """How many of the first parts make the base of `bits` bits; 0 for 0."""
         return (0, *accumulate(self.part_bits)).index(bits)
+
+    def base(self, bits: int) -> TensorEntry:
+        """The matrix that the first parts of `bits` bits together are, in a format of its own."""
+        count = self.base_parts(bits)
+        parts, first = self.parts[:count], self.parts[0]
+        if count == 1:  # just as its kernel wants it
+            return TensorEntry(self.name, BASES[bits], self.shape, first, "tiles")
+        whole = Extent(first.file_index, first.offset, sum(p.nbytes for p in parts))
+        bits_of = self.part_bits[:count]
+        return TensorEntry(self.name, BASES[bits], self.shape, whole, "nested", 0, parts, bits_of)
 
     def part_rows(self, part: int, first: int, stop: int) -> Extent:
         """The extent of rows `first` to `stop` in a part: whole tiles, as in `rows`."""
@@ -118,6 +130,17 @@ class Manifest:
     file_bytes: tuple[int, ...]
     metadata: Mapping[str, Any]  # str, int, float, bool, list[str] or a NumPy array
     tensors: Mapping[str, TensorEntry]  # in file order
+
+    @property
+    def base_bits(self) -> tuple[int, ...]:
+        """Widths that every nested matrix has as a base."""
+        widths = [set(t.base_bits) for t in self.tensors.values() if t.base_bits]
+        return tuple(sorted(set.intersection(*widths))) if widths else ()
+
+    def base(self, bits: int) -> Manifest:
+        """The model in which each nested matrix is only its base: another one, and lossy."""
+        tensors = {n: t.base(bits) if t.base_bits else t for n, t in self.tensors.items()}
+        return replace(self, tensors=MappingProxyType(tensors))
 
     @property
     def tensor_bytes(self) -> int:

@@ -89,6 +89,8 @@ class PackWriter:
         self._sum(data)
         with self._explained():
             _write(self._fd, data, at)
+            # Asks for the pages to be written now, so that a checkpoint has little to wait for.
+            _drop(self._fd, at, len(data))
             if self.position - self._synced >= _SYNC_BYTES:
                 self._checkpoint()
 

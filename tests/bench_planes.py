@@ -1,4 +1,4 @@
-"""Measure the plane kernels: python -m tests.bench_planes [NAME...]. About a minute, alone.
+"""Measure kernels of planes and bases: python -m tests.bench_planes [NAME...]. A minute, alone.
 
 Every figure is the median of interleaved rounds in one process, in bytes of weights:
 
@@ -25,7 +25,7 @@ from edgert.kernels_cpu.jit import Kernel, kernel, void
 from edgert.kernels_cpu.matmul import matmul_kernel
 from edgert.kernels_cpu.matmul_planes import DIRECT, LOOKUP
 from edgert.kernels_cpu.simd import loader, storer, vec, vxor
-from edgert.quant.formats import BY_NAME, PLANES
+from edgert.quant.formats import BASES, BY_NAME, PLANES
 
 K, ROUNDS, CHUNK = 4096, 7, 512  # tiles of a call: calls from Python cost 3 us
 _L2, _DRAM = 5 << 17, 1 << 28
@@ -107,6 +107,8 @@ def cases(names: list[str]) -> dict[str, tuple[Kernel, int]]:
     for form, kernels in (("direct", DIRECT), ("lookup", LOOKUP)):
         for name, call in kernels.items():
             found[f"{name} {form}"] = (call, layout.tile_bytes(PLANES[name], K))
+    for fmt in BASES.values():
+        found[fmt.name] = (matmul_kernel(fmt), layout.tile_bytes(fmt, K))
     return {name: case for name, case in found.items() if not names or name.split()[0] in names}
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.models.reference import load_reference_weights
-from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
+from edgert.quant.formats import BASES, FORMATS, PLANES, PlaneFormat, QuantFormat
 from edgert.quant.packing import Array
-from edgert.quant.planes import dequantize_stack_ref, quantize_planes_ref, quantize_stack
+from edgert.quant.planes import dequantize_stack_ref
 from edgert.quant.quantize import quantize_ref
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.gguf import read_gguf
@@ -28,18 +29,27 @@ def matrices(path: Path) -> list[Array]:
 
 def nearest(fmt: PlaneFormat, w: Array) -> Array:
     """Round to nearest over each group's range."""
-    return dequantize_ref(fmt, quantize_planes_ref(fmt, w, refine=False))
+    return dequantize_ref(fmt, quantize_planes(fmt, w, refine=False))
 
 
 def refined(fmt: PlaneFormat, w: Array) -> Array:
     """Least squares."""
-    return dequantize_ref(fmt, quantize_planes_ref(fmt, w))
+    return dequantize_ref(fmt, quantize_planes(fmt, w))
+
+
+def stacked(formats: list[PlaneFormat], w: Array) -> Array:
+    """Each of `formats` quantises what the ones before it left over (`quantize_stack`)."""
+    stack, left = list[Array](), w
+    for fmt in formats:
+        stack.append(quantize_planes(fmt, left))
+        left = left - dequantize_ref(fmt, stack[-1])
+    return dequantize_stack_ref(formats, stack)
 
 
 def greedy(fmt: PlaneFormat, w: Array) -> Array:
     """A stack of one-bit matrices, as many as `fmt` has bits."""
     formats = [PLANES[f"P1_{fmt.block_size}"]] * fmt.bits
-    return dequantize_stack_ref(formats, quantize_stack(formats, w))
+    return stacked(formats, w)
 
 
 def one_more(fmt: PlaneFormat, w: Array) -> Array:
@@ -47,7 +57,7 @@ def one_more(fmt: PlaneFormat, w: Array) -> Array:
     if fmt.bits == 1:
         return refined(fmt, w)
     formats = [PLANES[f"P{fmt.bits - 1}_{fmt.block_size}"], PLANES[f"P1_{fmt.block_size}"]]
-    return dequantize_stack_ref(formats, quantize_stack(formats, w))
+    return stacked(formats, w)
 
 
 METHODS: tuple[Callable[[PlaneFormat, Array], Array], ...] = (nearest, refined, greedy, one_more)
@@ -72,9 +82,9 @@ def main() -> None:
     for fmt in PLANES.values():
         errors = " | ".join(f"{error(fmt, weights, method):.2f} %" for method in METHODS)
         print(f"| {fmt.name} | {fmt.bits_per_weight} | {errors} |")
-    for name in ("Q4_0", "Q4_1"):
-        e = error(BY_NAME[name], weights, lambda f, w: dequantize_ref(f, quantize_ref(f, w)))
-        print(f"| {name} | {BY_NAME[name].bits_per_weight} | {e:.2f} % | | | |")
+    for name in ("Q4_0", "Q4_1", *(fmt.name for fmt in BASES.values())):
+        e = error(FORMATS[name], weights, lambda f, w: dequantize_ref(f, quantize_ref(f, w)))
+        print(f"| {name} | {FORMATS[name].bits_per_weight} | {e:.2f} % | | | |")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ BAD_OPTIONS = {
     "kernels of a model": (["--kernels"], "measure without a model"),
     "attention of a model": (["--attention"], "measure without a model"),
     "two things": (["--attention", "--kernels"], "one of --kernels, --attention"),
+    "a draft model alone": (["--draft-model", "x"], "needs --speculate"),
     "python alone": (["--baseline-python", "x"], "needs --baseline"),
     "another baseline": (["--baseline", "ollama"], "'ollama' is not"),
     "no python": (["--baseline", "llamacpp", "--baseline-python", "/no/python"], "/no/python"),

@@ -91,7 +91,8 @@ def test_every_command_has_help(command: str) -> None:
     run = inside(command, "-h")
     assert run.returncode == 0
     assert re.match(
-        rf"Usage: edgert {command} \[OPTIONS\] (\[MODEL\](\.\.\.)?|TRACE)\n", run.stdout
+        rf"Usage: edgert {command} \[OPTIONS\] (\[MODEL\](\.\.\.| \[MODEL\]\.\.\.)?|TRACE)\n",
+        run.stdout,
     )
     assert re.search(r"^  [A-Z].*\.$", run.stdout, re.MULTILINE), "no sentence says what it does"
     assert max(map(len, run.stdout.splitlines())) <= 80

@@ -161,7 +161,7 @@ def test_both_are_inside_one_budget(drafts: dict[str, Path], tiny_gguf: Path) ->
         tiny_gguf, memory_budget="2GiB", threads=1, draft_model=drafts["alike"]
     ) as engine:
         assert engine.plan.total_bytes <= engine.plan.budget_bytes <= 2048 * MIB
-        draft = engine._draft_model
+        draft = engine.draft_model
         assert draft is not None
         own = draft.engine.plan
         arena = own.total_bytes - process_of(draft.engine)

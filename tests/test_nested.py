@@ -1,37 +1,26 @@
-"""Nested packs: bases and parts against their twins, and packs that give the source's logits."""
+"""Bases of Q8_0 and the parts of nested matrices, against their twins."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import edgert
-from edgert.errors import EdgertError, FormatError, InputError
+from edgert.errors import InputError
 from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import matmul
 from edgert.kernels_cpu.matmul_ref import matmul_ref
 from edgert.kernels_cpu.nested import Part, move_bits, move_bits_ref, part_bytes
-from edgert.placing import place_base, place_refined, place_rows, split_part
+from edgert.placing import place_base, place_refined, place_rows, split_parts
 from edgert.quant.formats import BASES, BY_NAME, BaseFormat
 from edgert.quant.packing import pack, unpack
 from edgert.quant.quantize import quantize_ref
 from edgert.quant.reference import dequantize_ref
-from edgert.storage import pack as pack_format
-from edgert.storage import pack_verify, pack_writer
 from edgert.storage.manifest import Extent, TensorEntry
-from tests.command import assert_error, inside
-from tests.test_pack_refused import rewritten, sealed
-from tests.tight import tight
-from tests.tiny import prompt_of, tiny_model
 
 _U8 = npt.NDArray[np.uint8]
 Q8_0 = BY_NAME["Q8_0"]
@@ -188,7 +177,7 @@ def test_placing_puts_base_and_refinement_together(split: tuple[int, ...]) -> No
     raw = q8_rows(rows, K, 9)
     tiles = tiles_of(Q8_0, raw, K)
     entry = TensorEntry("w", Q8_0, (rows, K), Extent(0, 0, tiles.nbytes), "nested", 0, (), split)
-    parts = [split_part(entry, i, rows, tiles) for i in range(len(split))]
+    parts = split_parts(entry, range(len(split)), rows, tiles)
     assert entry.base_bits and sum(p.nbytes for p in parts) == tiles.nbytes
     out = np.empty_like(tiles)
     for bits in entry.base_bits:
@@ -202,182 +191,3 @@ def test_placing_puts_base_and_refinement_together(split: tuple[int, ...]) -> No
     out[:] = 0xA5
     place_rows(entry, rows, parts, out)
     assert np.array_equal(out, tiles)
-
-
-# ----------------------------------------------------------------------------- packs
-
-
-def logits(path: Path, family: str, spare: int | None, **options: int) -> str:
-    with tight(path, spare, **options) as engine:
-        return edgert.logits_hash(engine.logits(prompt_of(family, 12)))
-
-
-@pytest.mark.parametrize(
-    ("family", "split"),
-    [("llama_narrow", "4+4"), ("llama", "3+1+1+3"), ("qwen2_tied", "5+3"), ("olmoe", "3+1+4")],
-)
-def test_a_nested_pack_gives_the_logits_of_its_source(
-    tmp_path: Path, family: str, split: str
-) -> None:
-    source, out = tiny_model(family, "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
-    manifest = edgert.pack_model(source, out, nested=split)
-    nested = [t for t in manifest.tensors.values() if t.parts]
-    assert nested and all("+".join(map(str, t.part_bits)) == split for t in nested)
-    assert all(len(t.shape) == 2 and t.name != "token_embd.weight" for t in nested)
-    wanted = logits(source, family, None)
-    assert logits(out, family, None) == wanted
-    assert logits(out, family, 0, threads=1, prefill_tokens=3) == wanted
-
-
-def test_a_nested_pack_is_hardly_larger_than_its_weights(tmp_path: Path) -> None:
-    source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
-    manifest = edgert.pack_model(source, tmp_path / "m.edgert", nested="4+4")
-    plain = edgert.pack_model(source, tmp_path / "plain.edgert")
-    pages = 2 * len(manifest.tensors)  # what filling up to pages may cost
-    assert manifest.tensor_bytes == plain.tensor_bytes
-    assert manifest.file_bytes[0] <= plain.file_bytes[0] + 4096 * pages
-
-
-def test_other_formats_stay_as_they_are(tmp_path: Path) -> None:
-    source = tiny_model("llama", "Q4_0", path=tmp_path / "m.gguf")
-    with pytest.raises(InputError, match="no matrix in Q8_0 that could be nested"):
-        edgert.pack_model(source, tmp_path / "m.edgert", nested="4+4")
-    assert list(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize(
-    ("nested", "type_name", "words"),
-    [
-        ("4+3", "keep", "is not 2 to 4 numbers that make 8"),
-        ("8", "keep", "is not 2 to 4"),
-        ("4+4+0", "keep", "is not 2 to 4"),
-        ("2+2+2+1+1", "keep", "is not 2 to 4"),
-        ("-4+12", "keep", "is not 2 to 4"),
-        ("four", "keep", "'four' is not"),
-        ("6+2", "keep", "make the 3 or 4 or 5 bits of a base"),
-        ("4+4", "P3_32", "both nested and P3_32"),
-    ],
-)
-def test_splits_that_cannot_be(tmp_path: Path, nested: str, type_name: str, words: str) -> None:
-    source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
-    with pytest.raises(InputError, match=words):
-        edgert.pack_model(source, tmp_path / "m.edgert", nested=nested, type_name=type_name)
-
-
-def test_a_flip_in_any_part_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pack_format, pack_writer, pack_verify):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    source, path = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
-    manifest = edgert.pack_model(source, path, nested="3+1+4")
-    whole = path.read_bytes()
-    entry = manifest.tensors["output.weight"]
-    for part in entry.parts:
-        for at in (part.offset, part.offset + part.nbytes - 1):
-            data = bytearray(whole)
-            data[at] ^= 16
-            path.write_bytes(data)
-            with pytest.raises(FormatError, match=r"checksum in output\.weight"):
-                edgert.verify_pack(path)
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("nested")
-    source = tiny_model("llama", "Q8_0", path=folder / "m.gguf")
-    edgert.pack_model(source, folder / "m.edgert", nested="3+1+4")
-    return (folder / "m.edgert").read_bytes()
-
-
-def with_entry(tmp_path: Path, packed: bytes, change: Callable[[TensorEntry], TensorEntry]) -> Path:
-    """The pack with the entry of the head changed, and checksums that match."""
-
-    def changed(tensors: dict[str, TensorEntry]) -> None:
-        tensors[HEAD] = change(tensors[HEAD])
-
-    path = tmp_path / "bad.edgert"
-    path.write_bytes(rewritten(tmp_path / "source", packed, changed))
-    return path
-
-
-HEAD = "output.weight"
-
-
-def part_moved(number: int, by: int = 0, more: int = 0) -> Callable[[TensorEntry], TensorEntry]:
-    def change(entry: TensorEntry) -> TensorEntry:
-        parts = list(entry.parts)
-        at = parts[number]
-        parts[number] = Extent(0, at.offset + by, at.nbytes + more)
-        return replace(entry, parts=tuple(parts))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (part_moved(1, by=4), "part 1 of tensor 'output.weight' has"),
-        (part_moved(1, more=4096), "part 1 of tensor 'output.weight' has"),
-        (part_moved(2, by=-4096), "overlap"),
-        (part_moved(2, by=2**40), "reaches from byte"),
-        (part_moved(2, by=2**63), "reaches from byte"),
-        (part_moved(0, by=4096), "is not where its parts are"),
-        (lambda e: replace(e, stride=4096), "is not where its parts are"),
-        (lambda e: replace(e, part_bits=(3, 1, 3)), "parts of 3 + 1 + 3 bits"),
-        (lambda e: replace(e, part_bits=(0, 4, 4)), "parts of 0 + 4 + 4 bits"),
-        (lambda e: replace(e, part_bits=(1, 1, 6)), "parts of 1 + 1 + 6 bits"),
-        (lambda e: replace(e, part_bits=(2**31, 4, 4)), "parts of 2147483648 + 4 + 4 bits"),
-        (lambda e: replace(e, part_bits=(4, 1, 3)), "part 0 of tensor"),
-        (lambda e: replace(e, format=BY_NAME["Q4_0"]), "in Q4_0 is nested"),
-        (lambda e: replace(e, layout="tiles"), "has layout 1 in 3 parts"),
-    ],
-)
-def test_lying_parts_are_refused(
-    tmp_path: Path, packed: bytes, change: Callable[[TensorEntry], TensorEntry], words: str
-) -> None:
-    path = with_entry(tmp_path, packed, change)
-    with pytest.raises(EdgertError, match=re.escape(words)) as caught:
-        edgert.read_manifest(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("length", [-4096, 5000])
-def test_a_cut_nested_pack_is_refused(tmp_path: Path, packed: bytes, length: int) -> None:
-    path = tmp_path / "cut.edgert"
-    path.write_bytes(packed[:length])
-    with pytest.raises(FormatError, match=r"cut\.edgert"):
-        edgert.read_manifest(path)
-
-
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_damage_is_refused_or_harmless(tmp_path: Path, packed: bytes, data: st.DataObject) -> None:
-    """Bytes of the tensor table changed, with checksums that match: every part inside the file."""
-    changed = bytearray(packed)
-    index_end = 64 + int.from_bytes(packed[24:32], "little")
-    table = packed.index(b"blk.0.attn_norm.weight", packed.rindex(b"token_embd.weight"))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(table, index_end - 1))
-        size = data.draw(st.sampled_from([1, 4, 8]))
-        value = data.draw(st.one_of(st.integers(0, 255), st.integers(0, 2**64 - 1)))
-        changed[at : at + size] = (value % 256**size).to_bytes(size, "little")
-    path = tmp_path / "m.edgert"
-    path.write_bytes(sealed(changed))
-    try:
-        manifest = edgert.read_manifest(path)
-    except EdgertError as error:
-        assert str(path) in str(error)
-        return
-    for entry in manifest.tensors.values():
-        for part in entry.parts:
-            assert 0 < part.offset < part.offset + part.nbytes <= path.stat().st_size
-
-
-def test_a_nested_pack_from_the_command_line(tmp_path: Path) -> None:
-    source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
-    run = inside("pack", source, "-o", out, "--nested")
-    assert run.returncode == 0 and "% of the source" in run.stderr
-    assert edgert.read_manifest(out).tensors[HEAD].part_bits == (4, 4)
-    assert inside("show", out, "--verify").returncode == 0
-    assert_error(inside("pack", source, "-o", out, "--nested", "7+1", "--force"), 2, "of a base")

@@ -164,7 +164,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pack, pack_writer, edgert.storage.pack_verify):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
-    monkeypatch.setattr("edgert.pack._PIECE_BYTES", 10_000)
+    monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
 
 
 def fail_after(
@@ -233,7 +233,7 @@ def test_an_interrupted_check_is_continued(
     assert not out.exists()
     with pytest.raises(FormatError):
         edgert.read_manifest(partial)
-    monkeypatch.setattr("edgert.pack._made", None)  # nothing is made again
+    monkeypatch.setattr("edgert.pack_pieces._made", None)  # nothing is made again
     edgert.pack_model(tiny_gguf, out)
     edgert.verify_pack(out)
 

@@ -41,7 +41,9 @@ def nested(request: pytest.FixtureRequest, tiny_gguf: Path, tmp_path_factory: An
 
 
 @pytest.fixture(autouse=True)
-def slow_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_flash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And nothing is known of how often these models are right."""
+    monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: tmp_path / "cache" / "k")
     monkeypatch.setattr(PassCosts, "table", lambda self, most: [1.0] * (most + 1))
     monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
 
@@ -236,18 +238,18 @@ class Failing(FileBackend):
 
     def read_into(self, file_index: int, offset: int, buffer: memoryview) -> None:
         if self.broken:
-            raise StorageError("the disk is gone")
+            raise StorageError(Path("x"), offset, len(buffer), "the disk is gone")
         super().read_into(file_index, offset, buffer)
 
 
 def test_reads_that_fail_while_it_drafts(nested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Failing([nested])
-    with tight(nested, SPARE, backend=backend, **SIZES) as engine:
+    monkeypatch.setattr(Failing, "broken", False)
+    with tight(nested, SPARE, backend=Failing, **SIZES) as engine:
         want = say(engine, temperature=0, speculate=False)
         draft = Forward.draft
 
         def failing(self: Forward, tokens: Any, vocabulary: int, ticket: Any = None) -> Any:
-            backend.broken = True
+            Failing.broken = True
             return draft(self, tokens, vocabulary, ticket)
 
         for _ in range(2):
@@ -255,7 +257,7 @@ def test_reads_that_fail_while_it_drafts(nested: Path, monkeypatch: pytest.Monke
             with pytest.raises(StorageError, match="gone"):
                 say(engine, temperature=0)
             monkeypatch.setattr(Forward, "draft", draft)
-            backend.broken = False
+            Failing.broken = False
             assert say(engine, temperature=0) == want
 
 

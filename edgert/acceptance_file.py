@@ -1,0 +1,60 @@
+"""How often a model's own drafts were right, kept from one run to the next.
+
+Owns: the file of a model and width of base. Must not know what is done with it. A file that cannot
+be read, or holds nonsense, counts as none; one that cannot be written is not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgert.draft_forecast import draft_bits
+from edgert.kernels_cpu.cache import cache_root
+from edgert.plan import Plan
+from edgert.self_draft import self_acceptance
+from edgert.speculation import Acceptance
+
+__all__ = ["load_acceptance", "save_acceptance"]
+
+_MODES = {"sampled": False, "greedy": True}
+_ENOUGH = 50.0  # tokens verified before something is worth keeping
+
+
+def acceptance_path(files: Sequence[Path], plan: Plan) -> Path:
+    """The file for a model, by name and size, and its bits in memory to a half. Raises OSError."""
+    width = round(2 * draft_bits(plan)) / 2
+    parts = [files[0].name, *(str(os.stat(file).st_size) for file in files), str(width)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    return cache_root().parent / "acceptance" / f"{key}.json"
+
+
+def load_acceptance(files: Sequence[Path], plan: Plan) -> dict[bool, Acceptance]:
+    """What is known of greedy (True) and of sampled drafts, or what is assumed."""
+    found = {greedy: self_acceptance() for greedy in _MODES.values()}
+    if plan.can_draft:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            plain = json.loads(acceptance_path(files, plan).read_text(encoding="utf-8"))
+            for name, greedy in _MODES.items():
+                found[greedy].restore(plain[name])
+    return found
+
+
+def save_acceptance(files: Sequence[Path], plan: Plan, known: dict[bool, Acceptance]) -> None:
+    """Keep what was learnt, if it is enough."""
+    if not plan.can_draft or max(known[greedy].learnt for greedy in known) < _ENOUGH:
+        return
+    plain: dict[str, Any] = {name: known[greedy].state() for name, greedy in _MODES.items()}
+    with contextlib.suppress(OSError):
+        path = acceptance_path(files, plan)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(plain, file)
+        os.replace(name, path)
