@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgert.device_profile import DeviceProfile
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
+    from edgert.expert_profile import ExpertProfile, read_expert_profile
     from edgert.expert_simulation import SIMULATED, Figure, simulate
     from edgert.expert_tuning import Trial, synthetic_routing, tune_policy
     from edgert.forecasting import Forecast, forecast, profile_device
@@ -67,6 +68,7 @@ __all__ = [
     "DeviceProfile",
     "EdgertError",
     "Engine",
+    "ExpertProfile",
     "Figure",
     "Forecast",
     "FormatError",
@@ -103,6 +105,7 @@ __all__ = [
     "parse_bytes",
     "plan_model",
     "profile_device",
+    "read_expert_profile",
     "read_gguf",
     "read_manifest",
     "read_routing",
@@ -121,6 +124,7 @@ _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
     "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "ExpertProfile": "edgert.expert_profile",
     "Figure": "edgert.expert_simulation",
     "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
@@ -147,6 +151,7 @@ _LAZY = {  # public name -> module that defines it
     "pack_model": "edgert.pack",
     "plan_model": "edgert.opening",
     "profile_device": "edgert.forecasting",
+    "read_expert_profile": "edgert.expert_profile",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
     "read_routing": "edgert.routing",

@@ -155,7 +155,8 @@ class Engine:
             return None
         if rate:
             note_drift(profile, self._files, rate)
-        return predict(self.plan, self.spec, self._manifest, profile, device_bytes_per_s=rate)
+        misses = self.experts.misses(self.plan) if self.experts else None
+        return predict(self.plan, self.spec, self._manifest, profile, rate, misses)
 
     def _take_buffers(self, need: Need) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
         """The run state in the arena: address and stride of each buffer, and a float32 view."""

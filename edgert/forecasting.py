@@ -14,6 +14,8 @@ from typing import Any
 from edgert.budget import resolve_budget
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile
+from edgert.expert_forecast import forecast_misses
+from edgert.expert_profile import ExpertProfile, identity_of, load_expert_profile, profile_file
 from edgert.loading import planner, process_bytes
 from edgert.machine import available_bytes, default_threads
 from edgert.opening import Opened, open_model
@@ -45,6 +47,7 @@ class Forecast:
     plan: Plan
     prediction: Prediction
     curve: tuple[Point, ...]  # from the smallest budget that works to the whole model
+    routing: ExpertProfile | None  # what is known of the model's experts
     profile_kept: bool  # False: the cache folder cannot be written, so it is measured each time
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +55,11 @@ class Forecast:
         return {
             "prediction": self.prediction.to_dict(),
             "curve": [asdict(point) for point in self.curve],
-        }
+            "routing": None if self.routing is None else {
+                "file": str(profile_file(self.routing.identity)),
+                "tokens": self.routing.tokens,
+            },
+        }  # fmt: skip
 
 
 def profile_device(
@@ -93,9 +100,13 @@ def forecast(
     floor = whole(budget).floor_bytes
     profile, kept = _profile(opened, chosen.threads, on_progress)
     plan_for = planner(opened, chosen, process, profile)
+    known = None
+    if opened.spec.is_moe:
+        known = load_expert_profile(identity_of(opened.spec, opened.manifest))
 
     def predicted(plan: Plan) -> Prediction:
-        found = predict(plan, opened.spec, opened.manifest, profile)
+        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
+        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses)
         assert found is not None, "the profile was measured for this model"
         return found
 
@@ -109,4 +120,4 @@ def forecast(
 
     plan = plan_for(budget)
     budgets = sorted({floor + (full - floor) * i // (POINTS - 1) for i in range(POINTS)})
-    return Forecast(plan, predicted(plan), tuple(map(point, budgets)), kept)
+    return Forecast(plan, predicted(plan), tuple(map(point, budgets)), known, kept)
