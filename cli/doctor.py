@@ -60,6 +60,8 @@ def doctor_text(facts: dict[str, Any]) -> str:
         f"{format_bytes(cache['bytes'])}" + ("" if cache["writable"] else ", not writable"),
     }
     lines |= _profile_lines(facts["profile"])
+    if facts["experts"] is not None:
+        lines["expert profile"] = _experts_line(facts["experts"])
     width = max(map(len, lines))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines.items()]
     text.append("")
@@ -68,6 +70,15 @@ def doctor_text(facts: dict[str, Any]) -> str:
     if not facts["problems"]:
         text.append("no problems found")
     return "\n".join(text)
+
+
+def _experts_line(found: dict[str, Any]) -> str:
+    """What is known of the routing of the model."""
+    if found["refused"]:
+        return str(found["refused"])
+    if found["file"] is None:
+        return "turned off (EDGERT_EXPERT_PROFILE)"
+    return f"{found['tokens']:.0f} tokens of earlier runs, in {found['file']}"
 
 
 def _profile_lines(profile: dict[str, Any] | None) -> dict[str, str]:

@@ -31,8 +31,9 @@ def plan(options: ModelOptions, plot: Path | None, as_json: bool) -> None:
     """Show where every byte of a memory budget goes, and how fast that will be.
 
     Only the header of the file is read. The first time on a machine and disk, reading, memory and
-    kernels are measured for some seconds; the figures are kept. A budget that cannot work ends
-    with exit code 5 and the smallest budget that does.
+    kernels are measured for some seconds; the figures are kept. Of a mixture of experts the hit
+    rate comes from a profile that runs of the model leave, if there is one. A budget that cannot
+    work ends with exit code 5 and the smallest budget that does.
     """
     if plot is not None:
         require_matplotlib()
@@ -87,7 +88,7 @@ def forecast_text(found: Forecast) -> str:
     share = 100 * plan.resident_bytes / plan.budget_bytes
     about = "about " if guess.even_routing else ""
     read = f"{format_bytes(plan.streamed_bytes)} read in every pass"
-    if guess.even_routing:
+    if plan.expert_slots and guess.hit_rate != 1:
         read = "missing experts are read as they are chosen"
     limit: str = guess.limit
     if limit == "flash":
@@ -101,6 +102,7 @@ def forecast_text(found: Forecast) -> str:
         f"{guess.first_token_seconds:.2g} s",
         f"decode   {about}{guess.decode_tok_s:.3g} tok/s, limited by {limit}",
         *_drafting(found),
+        *_routing_lines(found),
         "",
     ]
     drafts = any(point.draft_tok_s for point in found.curve)
@@ -124,6 +126,22 @@ def _drafting(found: Forecast) -> list[str]:
         f"         {drafts.tokens_per_pass - 1:.1f} are kept, and one more from verifying them, "
         f"if {100 * drafts.acceptance:.0f} % are right ({how})",
     ]
+
+
+def _routing_lines(found: Forecast) -> list[str]:
+    """What the speed of a model with experts was predicted from."""
+    guess, known = found.prediction, found.routing
+    if guess.hit_rate is None:
+        return []
+    rate = f"experts  {100 * guess.hit_rate:.0f} % of those a token uses are in memory"
+    if guess.even_routing:
+        return [
+            f"{rate}: no profile of this model, so all are taken as equally likely;",
+            "         a run of it keeps one",
+        ]
+    if known is None or guess.hit_rate == 1:
+        return [rate]
+    return [f"{rate}, by the routing of {known.tokens:.0f} tokens of earlier runs"]
 
 
 def _row(point: Any, drafts: bool) -> tuple[str, ...]:

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgert import InputError, parse_bytes, read_routing, synthetic_routing, tune_policy
+from edgert import (
+    InputError,
+    ModelError,
+    parse_bytes,
+    read_expert_profile,
+    read_routing,
+    synthetic_routing,
+    tune_policy,
+)
 from edgert import simulate as simulate_trace
 from edgert.cli.options import debug_options, json_option
 from edgert.cli.progress import Progress
 from edgert.cli.report import atomic_file, print_json, require_matplotlib, table
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edgert import Figure, Routing, Trial
 
 __all__ = ["simulate"]
@@ -39,7 +50,11 @@ _POLICIES = "lru,lfu,lfu-decay,auto,belady"
     help="Also partition, pinned, robust. auto is the engine's choice.",
 )
 @click.option("--per-layer", is_flag=True, help="A cache for each layer, of slots / layers.")
-@click.option("--profile", type=click.Path(path_type=Path), help="A trace of earlier runs.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="A trace of earlier runs, or the profile they left: requests then begin with its hottest.",
+)
 @click.option("--array", metavar="NAME", help="Which array of a foreign .npz is the trace.")
 @click.option(
     "--experts", type=click.IntRange(1, 1 << 15), help="Experts of a layer, in a foreign .npz."
@@ -77,9 +92,9 @@ def simulate(
     else:
         assert file is not None
         trace = read_routing(file, array=array, experts=experts)
-    known = None
+    known, loaded = None, False
     if profile is not None:
-        known = read_routing(profile, array=array, experts=trace.experts).uses()
+        known, loaded = _uses(profile, array, trace.experts)
     size = trace.record_bytes if record_bytes is None else parse_bytes(record_bytes)
     counts = _counts(slots) if slots else _slots_of(budgets, trace, size, per_layer)
     names = [name.strip() for name in policies.split(",") if name.strip()]
@@ -96,7 +111,7 @@ def simulate(
         return
     with Progress() as progress:
         figures = simulate_trace(
-            trace, counts, names, per_layer=per_layer, profile=known,
+            trace, counts, names, per_layer=per_layer, profile=known, loaded=loaded,
             progress=lambda done, total: progress.update(done, total, "simulate"),
         )  # fmt: skip
     if plot is not None:
@@ -111,6 +126,14 @@ def simulate(
         )  # fmt: skip
     else:
         click.echo(_text(trace, figures, names))
+
+
+def _uses(path: Path, array: str | None, experts: int) -> tuple[npt.NDArray[np.float64], bool]:
+    """How often each expert was used, and whether an engine would begin with them loaded."""
+    try:
+        return read_expert_profile(path).uses.astype(float), True
+    except ModelError:
+        return read_routing(path, array=array, experts=experts).uses(), False
 
 
 def _counts(text: str) -> list[int]:

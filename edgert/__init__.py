@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from edgert.diagnosis import diagnose
     from edgert.engine import Engine
     from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity
+    from edgert.expert_profile import ExpertProfile, read_expert_profile
     from edgert.expert_quantizing import QuantizedExperts, quantize_experts
     from edgert.expert_simulation import SIMULATED, Figure, simulate
     from edgert.expert_tuning import Trial, synthetic_routing, tune_policy
@@ -70,6 +71,7 @@ __all__ = [
     "DeviceProfile",
     "EdgertError",
     "Engine",
+    "ExpertProfile",
     "Figure",
     "Forecast",
     "FormatError",
@@ -111,6 +113,7 @@ __all__ = [
     "plan_model",
     "profile_device",
     "quantize_experts",
+    "read_expert_profile",
     "read_gguf",
     "read_manifest",
     "read_routing",
@@ -130,6 +133,7 @@ _LAZY = {  # public name -> module that defines it
     "Completion": "edgert.results",
     "DeviceProfile": "edgert.device_profile",
     "Engine": "edgert.engine",
+    "ExpertProfile": "edgert.expert_profile",
     "Figure": "edgert.expert_simulation",
     "Forecast": "edgert.forecasting",
     "KernelFigures": "edgert.bench_harness",
@@ -161,6 +165,7 @@ _LAZY = {  # public name -> module that defines it
     "plan_model": "edgert.opening",
     "profile_device": "edgert.forecasting",
     "quantize_experts": "edgert.expert_quantizing",
+    "read_expert_profile": "edgert.expert_profile",
     "read_gguf": "edgert.storage.gguf",
     "read_manifest": "edgert.opening",
     "read_routing": "edgert.routing",

@@ -37,7 +37,7 @@ Facts = dict[str, Any]
 
 def diagnose(path: str | Path | None = None) -> Facts:
     """Facts by topic, as JSON values: versions, cpu, threads, memory, disk, cache,
-    profile, problems.
+    profile, experts, problems.
 
     `path`: the model whose folder is measured, by default the bundled one. Takes about two seconds,
     and three more where the device profile is measured.
@@ -54,6 +54,7 @@ def diagnose(path: str | Path | None = None) -> Facts:
     found["memory"] = _memory(problem, found["threads"]["default"])
     found["disk"] = _disk(problem, path)
     found["profile"] = _profile(found, path)
+    found["experts"] = _experts(path)
     found["problems"] = problems
     return found
 
@@ -245,6 +246,26 @@ def _profile(found: Facts, path: str | Path | None) -> Facts | None:
         return None
     where = str(profile_path(opened.manifest.files, threads)) if saved else None
     return {"file": where, **profile.to_dict(), "disk_bytes_per_s": profile.disk_bytes_per_s}
+
+
+def _experts(path: str | Path | None) -> Facts | None:
+    """What is known of the routing of the model; None for a dense one."""
+    from edgert.expert_profile import ENVIRONMENT, identity_of, load_expert_profile, profile_file
+    from edgert.opening import open_model
+
+    try:
+        opened = open_model(path)
+        if not opened.spec.is_moe:
+            return None
+        identity = identity_of(opened.spec, opened.manifest)
+        file, known = profile_file(identity), load_expert_profile(identity)
+    except EdgertError as error:  # a bad model is reported by `_disk`
+        return {"file": os.environ.get(ENVIRONMENT), "tokens": 0.0, "refused": str(error)}
+    return {
+        "file": None if file is None else str(file),
+        "tokens": 0.0 if known is None else known.tokens,
+        "refused": None,
+    }
 
 
 def _cache(problem: _Problem) -> Facts:

@@ -161,7 +161,8 @@ class Engine:
             return None
         if rate:
             note_drift(profile, self._files, rate)
-        return predict(self.plan, self.spec, self._manifest, profile, device_bytes_per_s=rate)
+        misses = self.experts.misses(self.plan) if self.experts else None
+        return predict(self.plan, self.spec, self._manifest, profile, rate, misses)
 
     # ---- facts ---------------------------------------------------------------------------------
 

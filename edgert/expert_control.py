@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError
+from edgert.expert_forecast import forecast_misses
 from edgert.expert_profile import (
     ExpertLearner,
     ExpertProfile,
@@ -26,6 +27,7 @@ from edgert.expert_profile import (
 from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.models.spec import ModelSpec
+from edgert.plan import Plan
 from edgert.storage.expert_policy import POLICIES, hottest, policy_for
 from edgert.storage.expert_streamer import DONE, WANTED, ExpertStreamer
 from edgert.storage.manifest import Manifest
@@ -97,6 +99,10 @@ class ExpertControl:
         if learner is not None and learner.seen >= _LEAST_TOKENS:
             known = load_expert_profile(learner.identity)
             save_expert_profile(learner.profile(known))
+
+    def misses(self, plan: Plan) -> Callable[[int], float] | None:
+        """Experts to be read for a pass of so many tokens under a plan, if the model is known."""
+        return forecast_misses(self.profile, plan.expert_slots, plan.prefill_tokens)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -25,10 +25,11 @@ from edgert.storage.expert_policy import (
     Setting,
     Shape,
     choose_policy,
+    hottest,
     make_policy,
 )
 
-__all__ = ["SIMULATED", "Figure", "replay", "simulate"]
+__all__ = ["SIMULATED", "Figure", "replay", "replay_steps", "simulate", "steps_of"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -55,10 +56,12 @@ def simulate(
     *,
     per_layer: bool = False,
     profile: _Floats | None = None,
+    loaded: bool = False,
     setting: Setting = USUAL,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Figure]:
-    """Every policy with every number of slots; each request begins with an empty cache.
+    """Every policy with every number of slots; each request begins with an empty cache, or with
+    the hottest experts of `profile` if `loaded`, as an engine does that knows its model.
 
     `slots` count over all layers, at least k; with `per_layer` each layer has its own cache of
     `slots` / layers, as when layers were recorded apart. Raises `InputError`.
@@ -81,7 +84,7 @@ def simulate(
     figures = []
     for count in slots:
         for name in policies:
-            figures.append(_figure(trace, count, name, per_layer, profile, setting))
+            figures.append(_figure(trace, count, name, per_layer, profile, loaded, setting))
             if progress:
                 progress(len(figures), len(slots) * len(policies))
     return figures
@@ -89,7 +92,7 @@ def simulate(
 
 def _figure(
     trace: Routing, slots: int, name: str, per_layer: bool, profile: _Floats | None,
-    setting: Setting,
+    loaded: bool, setting: Setting,
 ) -> Figure:  # fmt: skip
     """One policy with one number of slots."""
     parts = [[layer] for layer in range(trace.layers)] if per_layer else [[*range(trace.layers)]]
@@ -98,7 +101,7 @@ def _figure(
     for choices, passes in zip(trace.requests, trace.passes, strict=True):
         hits = uses = 0
         for part in parts:
-            steps = list(_steps(choices[:, part], passes, trace.experts))
+            steps = list(steps_of(choices[:, part], passes, trace.experts))
             known = None if profile is None else profile[part]
             policy: ExpertPolicy
             if name == "belady":
@@ -108,7 +111,8 @@ def _figure(
                 chosen = policy.name
             else:
                 policy = make_policy(name, own, shape, k, known, setting)
-            hits += replay(steps, shape, own, policy)
+            first = hottest(known, own) if loaded and known is not None else ()
+            hits += replay(steps, shape, own, policy, first)
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)
         misses += uses - hits
@@ -118,7 +122,7 @@ def _figure(
     )  # fmt: skip
 
 
-def _steps(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> Iterator[_Ints]:
+def steps_of(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> Iterator[_Ints]:
     """The keys of each layer of each pass, ascending, each once however many tokens chose it."""
     at = 0
     for size in passes.tolist():
@@ -127,21 +131,41 @@ def _steps(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> Ite
         at += size
 
 
-def replay(steps: Sequence[_Ints], shape: Shape, slots: int, policy: ExpertPolicy) -> int:
-    """Hits of a policy over the layers in turn, from an empty cache; `steps`: keys of each.
+def replay(
+    steps: Sequence[_Ints],
+    shape: Shape,
+    slots: int,
+    policy: ExpertPolicy,
+    loaded: Sequence[_Ints] = (),
+) -> int:
+    """Hits of a policy over the layers in turn; see `replay_steps`."""
+    return sum(replay_steps(steps, shape, slots, policy, loaded))
+
+
+def replay_steps(
+    steps: Sequence[_Ints],
+    shape: Shape,
+    slots: int,
+    policy: ExpertPolicy,
+    loaded: Sequence[_Ints] = (),
+) -> Iterator[int]:
+    """Hits of a policy in each step; `steps`: keys of the layers in turn, pass after pass.
 
     As `ExpertStreamer` does it: what a layer misses is admitted at once as far as there are slots
-    it does not use itself, the rest when those that have arrived are computed.
+    it does not use itself, the rest when those that have arrived are computed. The cache is empty
+    at first but for `loaded`: experts of each layer.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)
     owner = np.full(slots, -1, np.int64)
-    hits = 0
+    first = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
+    owner[: len(first)] = first
+    slot_of[first] = np.arange(len(first))
     for clock, keys in enumerate(steps, 1):
         stamps[keys] = clock
         resident = slot_of[keys]
         wanted = keys[resident < 0].tolist()
-        hits += len(keys) - len(wanted)
+        yield len(keys) - len(wanted)
         busy = np.zeros(slots, np.bool_)
         busy[resident[resident >= 0]] = True
         while wanted:
@@ -155,7 +179,6 @@ def replay(steps: Sequence[_Ints], shape: Shape, slots: int, policy: ExpertPolic
             busy[:] = False  # those before are computed
         if clock % shape[0] == 0:
             policy.observe(stamps)
-    return hits
 
 
 class _Belady(Lru):

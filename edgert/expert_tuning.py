@@ -1,4 +1,4 @@
-"""Is a policy as good on routing it was not tuned on? Settings found on one half, tried on the other.
+"""Is a policy as good on routing it was not tuned on? Found on one half, tried on the other.
 
 Owns: cutting a trace in two, choosing a setting on one part, the figures on the other; synthetic
 routing. Must not know how a policy works.

@@ -16,6 +16,8 @@ from edgert.budget import resolve_budget
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile
 from edgert.draft_forecast import DraftForecast, forecast_drafting
+from edgert.expert_forecast import forecast_misses
+from edgert.expert_profile import ExpertProfile, identity_of, load_expert_profile, profile_file
 from edgert.loading import planner, process_bytes
 from edgert.machine import available_bytes, default_threads
 from edgert.opening import Opened, open_model
@@ -49,6 +51,7 @@ class Forecast:
     prediction: Prediction
     curve: tuple[Point, ...]  # from the smallest budget that works to the whole model
     drafting: DraftForecast | None  # where the plan lets the model draft for itself
+    routing: ExpertProfile | None  # what is known of the model's experts
     profile_kept: bool  # False: the cache folder cannot be written, so it is measured each time
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +60,11 @@ class Forecast:
             "prediction": self.prediction.to_dict(),
             "curve": [asdict(point) for point in self.curve],
             "drafting": None if self.drafting is None else asdict(self.drafting),
-        }
+            "routing": None if self.routing is None else {
+                "file": str(profile_file(self.routing.identity)),
+                "tokens": self.routing.tokens,
+            },
+        }  # fmt: skip
 
 
 def profile_device(
@@ -98,9 +105,13 @@ def forecast(
     floor = whole(budget).floor_bytes
     profile, kept = _profile(opened, chosen.threads, on_progress)
     plan_for = planner(opened, chosen, process, profile)
+    known = None
+    if opened.spec.is_moe:
+        known = load_expert_profile(identity_of(opened.spec, opened.manifest))
 
     def predicted(plan: Plan) -> Prediction:
-        found = predict(plan, opened.spec, opened.manifest, profile)
+        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
+        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses)
         assert found is not None, "the profile was measured for this model"
         return found
 
@@ -120,4 +131,5 @@ def forecast(
     plan = plan_for(budget)
     budgets = sorted({floor + (full - floor) * i // (POINTS - 1) for i in range(POINTS)})
     found = predicted(plan)
-    return Forecast(plan, found, tuple(map(point, budgets)), drafting(plan, found), kept)
+    drafts = drafting(plan, found)
+    return Forecast(plan, found, tuple(map(point, budgets)), drafts, known, kept)

@@ -33,7 +33,14 @@ from edgert.plan_parts import (
     need_of,
     resident_why,
 )
-from edgert.plan_policy import USUAL, fastest_pass, rates_of, requests_for
+from edgert.plan_policy import (
+    USUAL,
+    ExpertLoad,
+    fastest_expert_pass,
+    fastest_pass,
+    rates_of,
+    requests_for,
+)
 from edgert.plan_records import Plan, PlanOptions, Region
 from edgert.storage.manifest import Manifest
 from edgert.units import MIB
@@ -236,16 +243,25 @@ class _Layout:
     ) -> Shape:
         """The shape with as many tokens in a pass as pay; unchanged where the caller chose them."""
         need = self.need(shape.tile_bytes)
-        if self.options.prefill_tokens is not None or need.experts:
+        if self.options.prefill_tokens is not None:
             return shape
 
         def streamed(tokens: int) -> int | None:
             found = self.sums(context, replace(shape, tokens=tokens), False, bits)
             return found.streamed_bytes if found.total_bytes <= self.options.budget_bytes else None
 
+        def left(tokens: int) -> tuple[int, float] | None:
+            found = self.sums(context, replace(shape, tokens=tokens), everything=False)
+            room = self.options.budget_bytes - found.total_bytes
+            slots = need.experts_per_token + room // need.expert_slot_bytes
+            return (slots, found.streamed_bytes) if room >= 0 else None
+
         rates = rates_of(profile, self.options.threads)
         most = min(context, self.spec.max_position_embeddings)
-        tokens = fastest_pass(streamed, need.tile_bytes, need.weights, rates)
+        if need.experts:
+            tokens = fastest_expert_pass(left, _expert_load(need), rates)
+        else:
+            tokens = fastest_pass(streamed, need.tile_bytes, need.weights, rates)
         return shape if tokens is None else replace(shape, tokens=min(tokens, most))
 
     def plan(
@@ -266,6 +282,13 @@ class _Layout:
             room = self.options.budget_bytes - fixed
             kept = _keep(need, room, shape.slots, reading, keep_dense)
         return _plan(need, self.options, self.process_bytes, shape, sizes, context, kept)
+
+
+def _expert_load(need: Need) -> ExpertLoad:
+    spec = need.spec
+    return ExpertLoad(
+        len(need.experts), spec.num_experts, spec.num_experts_per_tok, need.expert_slot_bytes
+    )
 
 
 def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> Kept:

@@ -5,6 +5,10 @@ Owns: what a longer pass is worth. Pure. Must not know how memory is laid out (p
 A streamed model reads everything that is not resident once a pass. A longer pass reads it less
 often for a prompt, but its activations push weights out of memory, which every later token pays.
 What counts is the time of a typical turn: a prompt of `PROMPT` tokens and an answer of `ANSWER`.
+
+Of experts a pass reads those that its tokens choose and memory lacks, each once: of E experts, k a
+token, all as likely, n tokens choose E (1 - (1 - k / E)^n). A longer pass shares them among
+more tokens; its activations take slots from experts, which every later token misses.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ from dataclasses import dataclass
 from edgert.device_profile import DeviceProfile
 from edgert.units import MIB
 
-__all__ = ["PASSES", "Rates", "fastest_pass", "rates_of", "requests_for", "turn_seconds"]
+__all__ = [
+    "PASSES", "ExpertLoad", "Rates", "expert_turn_seconds", "fastest_expert_pass", "fastest_pass",
+    "rates_of", "requests_for", "turn_seconds",
+]  # fmt: skip
 
 PASSES = (512, 256, 128, 64, 32, 16, 8)  # tokens of a pass to choose from, best first where equal
 PROMPT, ANSWER = 384, 256
@@ -68,6 +75,56 @@ def fastest_pass(
             found = turn_seconds(left, nbytes, weights, tokens, rates), tokens
             best = found if best is None or found[0] < best[0] else best
     return None if best is None else best[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """The routed experts of a model, as many in each layer and all as likely."""
+
+    layers: int
+    experts: int
+    k: int
+    record_bytes: int
+
+    def used(self, tokens: int) -> float:
+        """Experts that a pass of so many tokens computes, over all layers."""
+        left: float = (1 - self.k / self.experts) ** tokens
+        return self.layers * self.experts * (1 - left)
+
+    def missed(self, tokens: int, slots: int) -> float:
+        """Those of them that are not in `slots` slots."""
+        return self.used(tokens) * max(1 - slots / (self.layers * self.experts), 0.0)
+
+
+def expert_turn_seconds(
+    load: ExpertLoad, slots: int, streamed: float, tokens: int, rates: Rates
+) -> float:
+    """A typical turn, but for the arithmetic, which is the same for passes of any length.
+
+    `streamed`: bytes of other weights that every pass reads.
+    """
+
+    def one(n: int) -> float:
+        flash = streamed + load.missed(n, slots) * load.record_bytes
+        memory = load.used(n) * load.record_bytes
+        return flash / rates.disk_bytes_per_s + memory / rates.memory_bytes_per_s
+
+    whole, rest = divmod(PROMPT, tokens)
+    return whole * one(tokens) + (one(rest) if rest else 0.0) + ANSWER * one(1)
+
+
+def fastest_expert_pass(
+    left: Callable[[int], tuple[int, float] | None], load: ExpertLoad, rates: Rates
+) -> int | None:
+    """The pass with the shortest turn; `left(tokens)` is (slots, bytes of other weights streamed),
+    None where it does not fit.
+    """
+    turns = []
+    for tokens in PASSES:
+        found = left(tokens)
+        if found is not None:
+            turns.append((expert_turn_seconds(load, *found, tokens, rates), -tokens))
+    return -min(turns)[1] if turns else None
 
 
 def requests_for(profile: DeviceProfile | None) -> tuple[int, int]:

@@ -25,6 +25,7 @@ attention over a long prompt, and caches that hold a small model whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from edgert.storage.manifest import Manifest
 __all__ = ["PROMPT_TOKENS", "Prediction", "Terms", "predict"]
 
 Limit = Literal["flash", "memory", "compute"]
+Misses = Callable[[int], float]  # tokens of a pass -> experts that have to be read for it
 PROMPT_TOKENS = 256  # of the prompt that is predicted where none is named
 TOKEN_SECONDS = 0.4e-3  # sampler, text and Python for each token: 0.3 to 0.5 ms measured
 _LAYER_OPS = 13  # ops of a dense layer that end in a barrier
@@ -68,7 +70,8 @@ class Prediction:
     decode: Terms
     prefill: Terms  # of the whole prompt
     device_bytes_per_s: float  # the rate of the disk it was made with
-    even_routing: bool  # True: misses of experts are guessed, as if all were chosen equally often
+    hit_rate: float | None  # of experts while decoding; None for a dense model
+    even_routing: bool  # True: that is a guess, as if all experts were chosen equally often
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -88,20 +91,22 @@ def predict(
     spec: ModelSpec,
     manifest: Manifest,
     profile: DeviceProfile,
-    *,
     device_bytes_per_s: float = 0.0,
+    misses: Misses | None = None,
+    *,
     prompt_tokens: int = PROMPT_TOKENS,
     position: int | None = None,
 ) -> Prediction | None:
     """Predict a plan on a device; None when the kernels of a format were not measured.
 
     `device_bytes_per_s`: the rate of the disk as measured now, in place of the profile's.
-    `position`: where decoding is predicted, by default just behind the prompt.
+    `position`: where decoding is predicted, by default just behind the prompt. `misses`: experts to
+    be read for a pass of so many tokens, from the model's profile (expert_forecast.py).
     """
     formats = {t.format.name for t in manifest.tensors.values() if len(t.shape) > 1}
     if not profile.covers(sorted(formats)):
         return None
-    model = _Model(plan, spec, manifest, profile, device_bytes_per_s)
+    model = _Model(plan, spec, manifest, profile, device_bytes_per_s, misses)
     prompt_tokens = max(1, min(prompt_tokens, plan.context_length - 1))
     decode = model.run_pass(1, prompt_tokens if position is None else position)
     passes = [
@@ -118,7 +123,8 @@ def predict(
         decode=decode,
         prefill=prefill,
         device_bytes_per_s=model.rate,
-        even_routing=model.missing > 0,
+        hit_rate=model.hit_rate,
+        even_routing=model.missing > 0 and misses is None,
     )
 
 
@@ -142,6 +148,7 @@ class _Model:
         manifest: Manifest,
         profile: DeviceProfile,
         device_bytes_per_s: float,
+        misses: Misses | None,
     ) -> None:
         self.plan, self.spec, self.profile = plan, spec, profile
         self.dense: dict[str, _Work] = {}
@@ -156,6 +163,7 @@ class _Model:
                 _add(self.experts, entry.format.name, entry.extent.nbytes, entry.parameters)
         count = spec.num_hidden_layers * spec.num_experts if spec.is_moe else 0
         self.missing = 1 - plan.expert_slots / count if count else 0.0  # share of experts
+        self.misses = misses or (lambda tokens: self.missing * self._experts_used(tokens) * count)
         repack = min(r.repack_bytes_per_s for r in profile.kernels.values()) * plan.threads
         profiled = profile.read_bytes_per_s(plan.staging_bytes, plan.reader_threads)
         self.repack = repack
@@ -181,9 +189,9 @@ class _Model:
                     compute += max(read, multiply)
                 else:
                     memory += read
-        streamed = plan.streamed_bytes + self.missing * used * sum(
-            work.nbytes for work in self.experts.values()
-        )
+        streamed = float(plan.streamed_bytes)
+        if self.missing:
+            streamed += self.misses(tokens) * plan.expert_bytes
         kv = plan.region("KV cache").nbytes / plan.context_length * (position + tokens)
         attention = kv / profile.memory_bytes_per_s
         rows = 0.0 if plan.embedding_resident else 1 + (tokens - 1) * _REPEATED
@@ -201,6 +209,14 @@ class _Model:
         return Terms(
             flash, memory, compute, attention, repack, contention, overhead, longest + overhead
         )
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the experts of one token that are in memory."""
+        if not self.experts:
+            return None
+        used = self.spec.num_hidden_layers * self.spec.num_experts_per_tok
+        return 1 - self.misses(1) / used if self.missing else 1.0
 
     @property
     def _active_share(self) -> float:

@@ -59,6 +59,7 @@ class TensorNeed:
 # Left in files by old converters; they repeat what the metadata says.
 _IGNORED = re.compile(r"(blk\.\d+\.)?attn_rot_embd\.weight")
 _SPLIT_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+_FUSED = re.compile(r"blk\.\d+\.ffn_(gate_up|up_gate)(_exps|_shexp)?\.weight")
 
 
 def required_tensors(spec: ModelSpec) -> dict[str, TensorNeed]:
@@ -81,6 +82,11 @@ def check_tensors(spec: ModelSpec, tensors: Mapping[str, TensorLike]) -> dict[st
             raise UnsupportedError(
                 f"tensor {name!r} holds one expert by itself, as Mixtral files of before April "
                 "2024 do; convert the model again, or use a newer file with ffn_gate_exps"
+            )
+        if _FUSED.fullmatch(name):
+            raise UnsupportedError(
+                f"tensor {name!r} holds gate and up in one; convert the model again with ffn_gate "
+                "and ffn_up apart"
             )
     for need in needs.values():
         _check_tensor(need, tensors)

@@ -14,7 +14,6 @@ from edgert.expert_simulation import SIMULATED, replay, simulate
 from edgert.routing import Routing, join_passes
 from edgert.storage.expert_policy import (
     POLICIES,
-    USUAL,
     DecayedLfu,
     Lru,
     Partitioned,

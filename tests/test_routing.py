@@ -47,6 +47,26 @@ def test_the_device_hits_as_the_simulator_says(
     assert figure.hit_rate == pytest.approx(hits / (hits + misses), abs=1e-12)
 
 
+def test_the_simulator_begins_as_an_engine_that_knows_its_model(
+    tiny_moe_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "profile.npz"
+    monkeypatch.setenv("EDGERT_EXPERT_PROFILE", str(path))
+    with tight(tiny_moe_gguf, None) as engine:
+        recorded(engine, tiny_moe_gguf)
+    uses = edgert.read_expert_profile(path).uses.astype(float)
+    for spare in (900 * 1024, 2400 * 1024):
+        before = path.read_bytes()
+        with tight(tiny_moe_gguf, spare, prefill_tokens=1) as engine:
+            assert engine.experts is not None
+            trace = recorded(engine, tiny_moe_gguf)
+            hits, misses = engine.experts.counts
+            slots = engine.plan.expert_slots
+        path.write_bytes(before)
+        (known,) = simulate(trace, [slots], ["auto"], profile=uses, loaded=True)
+        assert known.hit_rate == pytest.approx(hits / (hits + misses), abs=1e-12)
+
+
 def test_a_predictor_that_always_lies_changes_no_bit(tiny_moe_gguf: Path) -> None:
     with tight(tiny_moe_gguf, 900 * 1024) as engine:
         streamer = engine.weights.experts

@@ -1,0 +1,51 @@
+"""How many experts a pass will have to read, from what is known of the model's routing.
+
+Owns: replaying the latest routing of a profile under a plan's slots. Pure. Must not know seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+from edgert.expert_profile import ExpertProfile
+from edgert.expert_simulation import replay_steps, steps_of
+from edgert.storage.expert_policy import choose_policy, hottest
+
+__all__ = ["forecast_misses"]
+
+_LEAST_TOKENS = 16  # of routing; fewer say nothing
+
+
+def forecast_misses(
+    profile: ExpertProfile | None, slots: int, prefill_tokens: int
+) -> Callable[[int], float] | None:
+    """A function from the tokens of a pass to the experts it will miss; None without a profile.
+
+    The sample of the profile is replayed through the engine's own policy, begun as an engine
+    begins: the hottest experts loaded, a prompt in passes of `prefill_tokens`, then token after
+    token. Misses of a long pass are those of the prompt's passes, of one token those after them.
+    """
+    if profile is None or len(profile.sample) < _LEAST_TOKENS:
+        return None
+    sample, shape = profile.sample, profile.uses.shape
+    uses, k = profile.uses.astype(np.float64), profile.identity.k
+
+    @cache
+    def missed(tokens: int) -> float:
+        prompt = len(sample) // 2 if tokens == 1 else len(sample)
+        size = prefill_tokens if tokens == 1 else tokens
+        sizes = [size] * (prompt // size) + [prompt % size] * (prompt % size > 0)
+        sizes += [1] * (len(sample) - prompt)
+        steps = list(steps_of(sample, np.array(sizes, np.int32), shape[1]))
+        policy = choose_policy(slots, shape, k, uses)
+        hits = list(replay_steps(steps, shape, slots, policy, hottest(uses, slots)))
+        counted = len(sample) - prompt if tokens == 1 else max(prompt // size, 1)
+        # Of single tokens those at the end, of long passes the whole ones at the beginning.
+        last = len(steps) if tokens == 1 else counted * shape[0]
+        part = slice(last - counted * shape[0], last)
+        return (sum(map(len, steps[part])) - sum(hits[part])) / counted
+
+    return missed
