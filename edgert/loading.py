@@ -73,11 +73,14 @@ def planner(
     return plan_for
 
 
-def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Opened, LoadOptions]:
+def at_quality(
+    opened: Opened, options: LoadOptions, process: int, *, here: bool = False
+) -> tuple[Opened, LoadOptions]:
     """The model that `options.quality_bits` asks for, and the options to load it with.
 
     "auto" takes the widest that needs no streaming, or else the narrowest; a share of the budget is
-    then one of the whole model. Raises `InputError` for bits that the model does not have.
+    then one of the whole model. `here`: as of `make_plan`. Raises `InputError` for bits that the
+    model does not have.
     """
     bits, manifest = options.quality_bits, opened.manifest
     if bits is None or bits == 8:
@@ -95,6 +98,7 @@ def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Open
         return models[int(bits)], options
     full = planner(opened, options, process, None)(sys.maxsize).full_bytes
     budget = resolve_budget(options.memory_budget, full, available_bytes())
+    budget = within_cgroup(budget) if here else budget
     options = replace(options, memory_budget=budget)
     for model in (opened, *reversed(models.values())):
         with suppress(BudgetError):

@@ -154,7 +154,7 @@ def load(
         for _ in compile_here(wanted):
             pass
         process = process_bytes(opened, measured=True)
-        opened, options = at_quality(opened, options, process)
+        opened, options = at_quality(opened, options, process, here=True)
         plan = make_plan(opened, options, process, here=True)
         manifest = opened.manifest
         if backend is None:
