@@ -142,6 +142,7 @@ def load(
     from edgert.storage.backend import FileBackend
     from edgert.tokenizer import Tokenizer
 
+<<<<<<< HEAD
     draft = None
     if draft_model is not None:
         from edgert.draft_model import open_draft_model
@@ -166,6 +167,21 @@ def load(
         if draft is not None:
             draft.close()
         raise
+=======
+    tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
+    opened = opened.without_vocabulary()
+    for _ in compile_here(wanted):
+        pass
+    process = process_bytes(opened, measured=True)
+    opened, options = at_quality(opened, options, process, here=True)
+    plan = make_plan(opened, options, process, here=True)
+    manifest = opened.manifest
+    if backend is None:
+        files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
+    else:
+        files = backend(manifest.files)
+    return Engine(opened, tokenizer, plan, files, on_progress, timeline)
+>>>>>>> nested
 
 
 def _bytes_of(budget: int | str | None) -> int | None:
