@@ -206,8 +206,8 @@ SAMPLING: dict[str, tuple[tuple[str, ...], click.ParamType[Any], str]] = {
     "speculate": (
         ("--speculate/--no-speculate",),
         click.BOOL,
-        "Guess tokens from the text so far and verify several in a pass, where that is faster; "
-        "the same tokens either way. On by default.",
+        "Guess tokens from the text so far, or with the top bits of a nested pack, and verify "
+        "several in a pass, where that is faster; the same tokens either way. On by default.",
     ),
     "draft_max": (
         ("--draft-max", "--draft"),

@@ -101,10 +101,12 @@ def measure(
     tokenizer = edgert.Tokenizer.from_manifest(manifest.metadata)
     row = _Row(options.path, tokenizer.encode(edgert.bundled_text() if text is None else text))
     rows.append(row)
-    del manifest, tokenizer
     size = options.context_length
-    if size is None:
-        size = min(edgert.CHUNK_TOKENS, options.plan().context_length)
+    if size is None:  # of the model alone: the figure must not depend on the budget
+        family = manifest.metadata.get("general.architecture")
+        longest = manifest.metadata.get(f"{family}.context_length")
+        size = min(edgert.CHUNK_TOKENS, longest or edgert.CHUNK_TOKENS)
+    del manifest, tokenizer
 
     def show(found: Perplexity) -> None:
         row.found = found

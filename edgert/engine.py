@@ -300,8 +300,9 @@ class Engine:
         Options: `max_tokens` (None: until the text ends or the context is full), `temperature`,
         `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`, `presence_penalty`,
         `frequency_penalty`, `logit_bias`, `seed` (None draws one), `stop` (a text or several),
-        `on_prefill(done, total)`; `speculate` (True) guesses tokens from what was said before and
-        verifies up to `draft_max` of them in a pass where that is faster: the same tokens, sooner.
+        `on_prefill(done, total)`; `speculate` (True) guesses tokens from what was said before, or
+        with the top bits of a nested pack, and verifies up to `draft_max` of them in a pass where
+        that is faster: the same tokens, sooner.
         Defaults are the model's own (`general.sampling.*`), else llama.cpp's.
 
         Returns a `Completion`, or with `stream` an iterator of `TokenEvent`; closing it ends the

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -33,21 +32,7 @@ from edgert.storage.expert_streamer import DONE, WANTED, ExpertStreamer
 from edgert.storage.manifest import Manifest
 from edgert.weights import Weights
 
-__all__ = ["ExpertControl", "ExpertLook"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLook:
-    """What the experts of one layer did with some tokens: views, true until the next look."""
-
-    layer: int
-    ids: npt.NDArray[np.int64]  # [tokens, k] the experts chosen
-    weights: npt.NDArray[np.float32]  # [tokens, k] of their outputs in the sum
-    x: npt.NDArray[np.float32]  # [tokens, hidden] before the norm in front of the experts
-    gate: npt.NDArray[np.float32]  # [tokens, k, ffn]
-    up: npt.NDArray[np.float32]  # [tokens, k, ffn]
-    out: npt.NDArray[np.float32]  # [tokens, k, hidden]
-
+__all__ = ["ExpertControl"]
 
 _LEAST_TOKENS = 16  # a shorter run teaches nothing worth a file
 _NAP_SECONDS = 0.0005
@@ -69,7 +54,6 @@ class ExpertControl:
         self._weights = weights
         self._forward = forward
         self._streams = streams
-        self._buffers = buffers
         self._chosen = [
             buffers[f"expert_ids {layer}"].view(np.int64)[:, : spec.num_experts_per_tok]
             for layer in range(spec.num_hidden_layers)
@@ -134,38 +118,6 @@ class ExpertControl:
         with self._forward.lock:
             self._sink = sink
             self._forward.on_pass = self._passed
-
-    def observe(self, tokens: Sequence[int], sink: Callable[[ExpertLook], object]) -> None:
-        """Compute `tokens` from the first on and give `sink` what each layer's experts did.
-
-        Of each layer in turn, for as many tokens at a time as a pass has; no logits. Raises
-        `InputError` where matrices other than experts are streamed, and as `Engine.logits` does.
-        """
-        plan, spec = self._forward.plan, self._spec
-        if plan.streamed_bytes:
-            raise InputError(
-                "the matrices beside the experts do not fit into the budget, and must here; give "
-                "a larger one with --memory-budget"
-            )
-        names = self._forward.row_names
-        ends = [names.index(f"blk.{i}.experts") + 1 for i in range(spec.num_hidden_layers)]
-        hidden, width, k = spec.hidden_size, spec.moe_intermediate_size, spec.num_experts_per_tok
-
-        def look(layer: int, n: int) -> None:
-            found = self._buffers
-            sink(
-                ExpertLook(
-                    layer,
-                    self._chosen[layer][:n],
-                    found["expert_weights"][:n, :k],
-                    found["x"][:n, :hidden],
-                    found["gate"][: n * k, :width].reshape(n, k, width),
-                    found["up"][: n * k, :width].reshape(n, k, width),
-                    found["expert_out"][: n * k, :hidden].reshape(n, k, hidden),
-                )
-            )
-
-        self._forward.walk_in_parts(tokens, spec.vocab_size, ends, look)
 
     def _passed(self, tokens: int) -> None:
         """A pass of `tokens` tokens is over."""

@@ -17,7 +17,7 @@ from edgert.errors import InputError
 from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity, text_chunks
 from edgert.expert_widths import choose_widths, measure_options, observe
 from edgert.opening import load, read_manifest
-from edgert.pack import pack_model
+from edgert.pack import check_output, pack_model
 from edgert.quant.formats import PlaneFormat
 from edgert.storage.backend import FileBackend
 from edgert.units import parse_bytes
@@ -68,6 +68,7 @@ def quantize_experts(
     if not weights:
         raise InputError(f"{source} has no experts to give widths to")
     budget = _budget_bytes(experts_budget, weights)
+    check_output(manifest, Path(out), force)
     text = bundled_text() if text is None else text
 
     def tell(what: str) -> Callable[[int, int], object] | None:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from edgert.engine import Engine
 from edgert.errors import InputError
-from edgert.expert_control import ExpertLook
+from edgert.expert_look import ExpertLook, watch_experts
 from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.quant.formats import PLANES, QuantFormat
@@ -74,10 +74,8 @@ Choice = dict[str, Option]  # by tensor
 def observe(engine: Engine, chunks: Sequence[Sequence[int]]) -> ExpertActivity:
     """Run chunks of tokens, each from position 0, and sum up what the experts see.
 
-    Raises `InputError` for a model without experts and as `ExpertControl.observe`.
+    Raises as `watch_experts` does.
     """
-    if engine.experts is None:
-        raise InputError(f"{engine.path.name} has no experts to give widths to")
     spec, eps = engine.spec, engine.spec.rms_norm_eps
     layers = spec.num_hidden_layers
     uses = np.zeros((layers, spec.num_experts))
@@ -102,7 +100,7 @@ def observe(engine: Engine, chunks: Sequence[Sequence[int]]) -> ExpertActivity:
             after[at] += np.square(x + out).sum()
 
     for chunk in chunks:
-        engine.experts.observe(chunk, add)
+        watch_experts(engine, chunk, add)
     tokens = sum(map(len, chunks))
     inner /= tokens * spec.num_experts_per_tok
     share = added / np.sqrt(np.maximum(after * after[-1], 1e-300))

@@ -119,8 +119,8 @@ def load(
     most tokens of one pass. None lets the plan choose. `quality_bits`: use only these top bits of
     the matrices of a nested pack, which is lossy; "auto" takes as many as fit without streaming,
     all 8 where they do. `draft_model`: a smaller model with the same vocabulary, whose guesses this
-    one verifies; inside the same budget, and in memory as a whole. `on_progress(what, done, to_do)`
-    is called while compiling and loading.
+    one verifies; inside the same budget, in memory as a whole. `on_progress(what, done, to_do)` is
+    called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
     `timeline` records what the engine does.
 

@@ -41,7 +41,7 @@ from edgert.storage.pack import (
 from edgert.storage.pack_writer import PackWriter, data_offset_of
 from edgert.units import align_up
 
-__all__ = ["pack_model"]
+__all__ = ["check_output", "pack_model"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
 
@@ -83,7 +83,7 @@ def pack_model(
     fmt, split = _format(type_name), _split(nested, type_name)
     opened = open_model(source)
     manifest = opened.manifest
-    _check_output(manifest, out, force)
+    check_output(manifest, out, force)
     needs = check_tensors(opened.spec, manifest.tensors)
     if formats is None:
         wanted = [n.name for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1]
@@ -145,7 +145,8 @@ def _split(nested: str | None, type_name: str) -> tuple[int, ...]:
     return bits
 
 
-def _check_output(manifest: Manifest, out: Path, force: bool) -> None:
+def check_output(manifest: Manifest, out: Path, force: bool) -> None:
+    """Raise `InputError` where no pack of this model may be written to `out`."""
     source = manifest.files[0]
     with open(source, "rb") as file:
         if file.read(len(MAGIC)) == MAGIC:

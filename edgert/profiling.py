@@ -33,7 +33,7 @@ from edgert.device_profile import (
 from edgert.kernel_bench import Matrices
 from edgert.machine import available_bytes
 from edgert.opening import Opened
-from edgert.quant.formats import BY_NAME
+from edgert.quant.formats import FORMATS
 from edgert.storage.backend import FileBackend
 from edgert.storage.device import measure_read_rate
 from edgert.threads import ThreadTeam
@@ -168,17 +168,17 @@ class _Bench:
                 (before.batch_macs_per_s + now.batch_macs_per_s) / 2,
                 (before.repack_bytes_per_s + now.repack_bytes_per_s) / 2,
             )
-            small = min(small, _seconds(self.matrices.small_case(BY_NAME[name], _OPS)) / _OPS)
+            small = min(small, _seconds(self.matrices.small_case(FORMATS[name], _OPS)) / _OPS)
         return replace(profile, kernels=rates, op_seconds=small)
 
     def kernel(self, name: str) -> KernelRate:
         """How fast the kernels of a format are."""
-        self.matrices.fill(BY_NAME[name])
-        token, batch = self.matrices.limit_cases(BY_NAME[name])
+        self.matrices.fill(FORMATS[name])
+        token, batch = self.matrices.limit_cases(FORMATS[name])
         return KernelRate(
             token_bytes_per_s=token.nbytes / _seconds(token),
             batch_macs_per_s=batch.macs / _seconds(batch),
-            repack_bytes_per_s=1e9 * self.matrices.repack(BY_NAME[name], _TRIALS).gb_s,
+            repack_bytes_per_s=1e9 * self.matrices.repack(FORMATS[name], _TRIALS).gb_s,
         )
 
 

@@ -225,6 +225,14 @@ def test_a_dense_model_has_no_experts(tiny_gguf: Path, tmp_path: Path) -> None:
     assert_error(run, 2, "has no experts")
 
 
+def test_an_output_that_is_there_is_kept(tiny_moe_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.edgert"
+    out.write_bytes(b"mine")
+    run = inside("quantize", tiny_moe_gguf, "-o", out, "--experts-budget", "3bpw")
+    assert_error(run, 2, "--force replaces it")
+    assert out.read_bytes() == b"mine"
+
+
 def test_experts_of_other_formats_too(tmp_path: Path) -> None:
     """Q4_0 is smaller than P4_32; only what is smaller still is an option."""
     path = tiny_model("mixtral", "Q4_0", path=tmp_path / "mixtral.gguf")
