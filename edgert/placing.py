@@ -5,16 +5,14 @@ Owns: the choice between the two. Must not know where the bytes come from nor wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from edgert.kernels_cpu.layout import matrix_bytes, repack
-from edgert.plan_parts import ExpertRecord
+from edgert.kernels_cpu.layout import repack
+from edgert.plan_parts import RecordPart
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_expert", "place_rows"]
+__all__ = ["place_part", "place_rows"]
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -27,15 +25,10 @@ def place_rows(entry: TensorEntry, n_rows: int, raw: _Bytes, out: _Bytes) -> Non
         repack(entry.format, raw, n_rows, entry.shape[-1], out)
 
 
-def place_expert(
-    record: ExpertRecord, manifest: Manifest, raw: Sequence[_Bytes], slot: _Bytes
-) -> None:
-    """Write one expert's record to its slot; `raw` is what `expert_parts` names."""
-    if record.is_packed:
-        slot[: record.nbytes] = raw[0]
-        return
-    starts = (0, record.up_offset, record.down_offset)
-    for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
-        entry = manifest.tensors[name]
-        n_rows, columns = entry.shape[1:]
-        place_rows(entry, n_rows, part, slot[start : start + matrix_bytes(fmt, n_rows, columns)])
+def place_part(part: RecordPart, manifest: Manifest, raw: _Bytes, slot: _Bytes) -> None:
+    """Write what was read of one expert to its place in the slot."""
+    out = slot[part.start : part.start + part.nbytes]
+    if part.tensor:
+        place_rows(manifest.tensors[part.tensor], part.rows, raw, out)
+    else:
+        out[:] = raw

@@ -26,6 +26,7 @@ from edgert.units import KIB, MIB, align_up, format_bytes
 __all__ = [
     "ExpertRecord",
     "Need",
+    "RecordPart",
     "Sizes",
     "TilePlan",
     "choose_resident",
@@ -58,6 +59,23 @@ class TilePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordPart:
+    """What one request reads of an expert: rows of gate, up or down, or a run of packed bytes."""
+
+    tensor: str  # "" where the file holds what the slot will
+    rows: int
+    start: int  # in the slot
+    nbytes: int  # in the slot
+    extent: Extent  # of expert 0
+    stride: int  # bytes in the file from one expert to the next
+
+    def of(self, expert: int) -> Extent:
+        """The extent of one expert."""
+        first = self.extent
+        return Extent(first.file_index, first.offset + expert * self.stride, first.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertRecord:
     """The experts of one layer: formats, shapes, and where the parts lie in a slot."""
 
@@ -66,7 +84,7 @@ class ExpertRecord:
     up_offset: int
     down_offset: int
     nbytes: int
-    is_packed: bool = False  # the file holds each expert as its slot will
+    parts: tuple[RecordPart, ...]  # each of a size that is read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +150,11 @@ def need_of(
             tiles += _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
     if spec.tie_word_embeddings:
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
-    experts = _records(spec, needs, manifest)
+    experts = _records(spec, needs, manifest, tile_bytes)
     parts = [aligned_range(t.extent, ALIGNMENT)[1] for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
-    raw = [sum(p.nbytes for p in expert_parts(r, manifest, 0)) for r in experts]
-    staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
+    raw = [sum(p.extent.nbytes for p in r.parts) for r in experts]
+    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in experts for p in r.parts)])
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
         align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
@@ -202,8 +220,9 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
 
 
 def _records(
-    spec: ModelSpec, needs: dict[str, TensorNeed], manifest: Manifest
+    spec: ModelSpec, needs: dict[str, TensorNeed], manifest: Manifest, size: int
 ) -> tuple[ExpertRecord, ...]:
+    """The experts of each layer, read in parts of about `size` bytes."""
     records = []
     for layer in range(spec.num_hidden_layers if spec.is_moe else 0):
         names = tuple(f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
@@ -218,6 +237,12 @@ def _records(
                 "gate and up of an expert must both be quantised or both be floating point"
             )
         starts = (0, sizes[0], sizes[0] + sizes[1])
+        entries = [manifest.tensors[n] for n in names]
+        if _is_packed(entries, starts, sum(sizes)):
+            parts = _packed_parts(entries[0], sum(sizes), size)
+        else:
+            cut = (_row_parts(e, start, size) for e, start in zip(entries, starts, strict=True))
+            parts = [part for found in cut for part in found]
         records.append(
             ExpertRecord(
                 (names[0], names[1], names[2]),
@@ -225,10 +250,46 @@ def _records(
                 starts[1],
                 starts[2],
                 sum(sizes),
-                _is_packed([manifest.tensors[n] for n in names], starts, sum(sizes)),
+                tuple(parts),
             )
         )
     return tuple(records)
+
+
+def _row_parts(entry: TensorEntry, start: int, size: int) -> list[RecordPart]:
+    """One matrix of an expert, whose place in the slot is `start`, in runs of whole tiles."""
+    rows, columns = entry.shape[1:]
+    first, group = entry.matrix(0), tile_bytes(entry.format, columns)
+    groups = -(-rows // TILE_ROWS)
+    step = TILE_ROWS * -(-groups // -(-groups * group // size))
+    in_tiles = entry.layout == "tiles"
+    row_bytes = group // TILE_ROWS if in_tiles else entry.format.row_bytes(columns)
+    parts = []
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        nbytes = matrix_bytes(entry.format, count, columns)
+        extent = Extent(
+            first.file_index,
+            first.offset + row * row_bytes,
+            nbytes if in_tiles else count * row_bytes,
+        )
+        at = start + row // TILE_ROWS * group
+        stride = entry.stride if in_tiles else first.nbytes
+        parts.append(RecordPart(entry.name, count, at, nbytes, extent, stride))
+    return parts
+
+
+def _packed_parts(first: TensorEntry, nbytes: int, size: int) -> list[RecordPart]:
+    """A record that lies in the file as in its slot, in runs of whole pages."""
+    at = first.matrix(0)
+    step = align_up(-(-nbytes // -(-nbytes // size)), ALIGNMENT)
+    return [
+        RecordPart(
+            "", 0, start, min(step, nbytes - start),
+            Extent(at.file_index, at.offset + start, min(step, nbytes - start)), first.stride,
+        )
+        for start in range(0, nbytes, step)
+    ]  # fmt: skip
 
 
 def _is_packed(entries: Sequence[TensorEntry], starts: Sequence[int], nbytes: int) -> bool:
@@ -241,14 +302,6 @@ def _is_packed(entries: Sequence[TensorEntry], starts: Sequence[int], nbytes: in
         and e.extent.offset == first.extent.offset + start
         for e, start in zip(entries, starts, strict=True)
     )
-
-
-def expert_parts(record: ExpertRecord, manifest: Manifest, expert: int) -> tuple[Extent, ...]:
-    """What to read for one expert: its slices of gate, up and down, or its record in a pack."""
-    parts = tuple(manifest.tensors[name].matrix(expert) for name in record.tensors)
-    if not record.is_packed:
-        return parts
-    return (Extent(parts[0].file_index, parts[0].offset, record.nbytes),)
 
 
 def measure(need: Need, context: int, tokens: int) -> Sizes:

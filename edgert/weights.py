@@ -20,9 +20,9 @@ from edgert.elastic import Rooms, elastic_bytes, leaving_order
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS, tile_bytes
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
-from edgert.placing import place_expert, place_rows
+from edgert.placing import place_part, place_rows
 from edgert.plan import Plan
-from edgert.plan_parts import Need, TilePlan, expert_parts
+from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend, aligned_range
@@ -205,7 +205,7 @@ class Weights:
             shape = (spec.num_hidden_layers, spec.num_experts)
             self.experts = ExpertStreamer(
                 self._backend,
-                lambda layer, expert: expert_parts(records[layer], self._manifest, expert),
+                lambda layer, expert: [part.of(expert) for part in records[layer].parts],
                 shape, self._slots_of(plan), self._staging, self._place_expert,
                 policy_for("auto", shape, spec.num_experts_per_tok),
             )  # fmt: skip
@@ -276,10 +276,9 @@ class Weights:
         if self.experts is not None:
             self.experts.resize(self._slots_of(plan))
 
-    def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
-        record = self._need.experts[layer]
+    def _place_expert(self, layer: int, expert: int, part: int, raw: _Bytes, slot: _Bytes) -> None:
         with self._span("place expert", layer, expert):
-            place_expert(record, self._manifest, raw, slot)
+            place_part(self._need.experts[layer].parts[part], self._manifest, raw, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
