@@ -76,9 +76,7 @@ class Experts:
         self.data = fill((N_LAYERS, n_experts, RECORD), seed=6)
         self.backend = FaultyBackend(MemoryBackend([self.data.tobytes()], ALIGNMENT), plan)
         self.window = Window(pages(n_slots * 4096), 4096)
-        need = parts_bytes(
-            [Extent(0, ALIGNMENT - 1, 400)], ALIGNMENT
-        )  # at the worst place
+        need = parts_bytes([Extent(0, ALIGNMENT - 1, 400)], ALIGNMENT)  # at the worst place
         self.streamer = ExpertStreamer(
             self.backend,
             self.parts,
