@@ -54,6 +54,7 @@ class ExpertControl:
         self._weights = weights
         self._forward = forward
         self._streams = streams
+        self.buffers = buffers  # of the run state, for those who look into a pass (expert_look.py)
         self._chosen = [
             buffers[f"expert_ids {layer}"].view(np.int64)[:, : spec.num_experts_per_tok]
             for layer in range(spec.num_hidden_layers)

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgert.kernels_cpu.layout import matrix_bytes, repack, tile_count
+from edgert.expert_records import RecordPart
+from edgert.kernels_cpu.layout import repack, tile_count
 from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
-from edgert.plan_parts import ExpertRecord
 from edgert.quant.formats import BaseFormat
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_base", "place_expert", "place_refined", "place_rows", "split_parts"]
+__all__ = ["place_base", "place_part", "place_refined", "place_rows", "split_parts"]
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -85,15 +85,10 @@ def _parts(entry: TensorEntry, first: int, raw: Sequence[_Bytes]) -> list[Part]:
     return parts
 
 
-def place_expert(
-    record: ExpertRecord, manifest: Manifest, raw: Sequence[_Bytes], slot: _Bytes
-) -> None:
-    """Write one expert's record to its slot; `raw` is what `expert_parts` names."""
-    if record.is_packed:
-        slot[: record.nbytes] = raw[0]
-        return
-    starts = (0, record.up_offset, record.down_offset)
-    for name, fmt, part, start in zip(record.tensors, record.formats, raw, starts, strict=True):
-        entry = manifest.tensors[name]
-        n_rows, columns = entry.shape[1:]
-        place_rows(entry, n_rows, [part], slot[start : start + matrix_bytes(fmt, n_rows, columns)])
+def place_part(part: RecordPart, manifest: Manifest, raw: _Bytes, slot: _Bytes) -> None:
+    """Write what was read of one expert to its place in the slot."""
+    out = slot[part.start : part.start + part.nbytes]
+    if part.tensor:
+        place_rows(manifest.tensors[part.tensor], part.rows, [raw], out)
+    else:
+        out[:] = raw

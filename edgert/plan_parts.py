@@ -1,4 +1,4 @@
-"""What a plan is made of: the tiles of the matrices, expert records, and the sizes of the rest.
+"""What a plan is made of: the tiles of the matrices, and the sizes of the rest.
 
 Owns: cutting matrices into tiles, choosing which stay, measuring everything a plan must hold. Pure.
 Must not know the budget's policy (plan.py) nor how anything is read.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
-from edgert.errors import UnsupportedError
+from edgert.expert_records import ExpertRecord, records_of
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
@@ -21,13 +21,12 @@ from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import BASES, QuantFormat
 from edgert.storage.backend import ALIGNMENT
-from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
     "Base",
-    "ExpertRecord",
     "Need",
     "Sizes",
     "TilePlan",
@@ -88,18 +87,6 @@ class TilePlan:
             self.tensor, self.first_row, self.rows, self.nbytes, self.extents, self.is_head,
             self.bases, index, base,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRecord:
-    """The experts of one layer: formats, shapes, and where the parts lie in a slot."""
-
-    tensors: tuple[str, str, str]  # gate, up, down
-    formats: tuple[QuantFormat, QuantFormat, QuantFormat]
-    up_offset: int
-    down_offset: int
-    nbytes: int
-    is_packed: bool = False  # the file holds each expert as its slot will
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +153,11 @@ def need_of(
             tiles += _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
     if spec.tie_word_embeddings:
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
-    experts = _records(spec, needs, manifest)
+    experts = records_of(spec, needs, manifest, tile_bytes)
     parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
-    raw = [sum(p.nbytes for p in expert_parts(r, manifest, 0)) for r in experts]
-    staging = max([*parts, *(n + 6 * ALIGNMENT for n in raw)])
+    raw = [sum(p.extent.nbytes for p in r.parts) for r in experts]
+    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in experts for p in r.parts)])
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
         align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
@@ -232,56 +219,6 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
         extents = entry.extents(first, first + n)
         tiles.append(TilePlan(name, first, n, nbytes, extents, is_head, bases))
     return tiles
-
-
-def _records(
-    spec: ModelSpec, needs: dict[str, TensorNeed], manifest: Manifest
-) -> tuple[ExpertRecord, ...]:
-    records = []
-    for layer in range(spec.num_hidden_layers if spec.is_moe else 0):
-        names = tuple(f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
-        formats = tuple(manifest.tensors[n].format for n in names)
-        sizes = [
-            align_up(matrix_bytes(f, *needs[n].shape[1:]), 64)
-            for f, n in zip(formats, names, strict=True)
-        ]
-        if takes_quantized_input(formats[0]) != takes_quantized_input(formats[1]):
-            raise UnsupportedError(
-                f"{names[0]} is {formats[0].name} and {names[1]} is {formats[1].name}: "
-                "gate and up of an expert must both be quantised or both be floating point"
-            )
-        starts = (0, sizes[0], sizes[0] + sizes[1])
-        records.append(
-            ExpertRecord(
-                (names[0], names[1], names[2]),
-                (formats[0], formats[1], formats[2]),
-                starts[1],
-                starts[2],
-                sum(sizes),
-                _is_packed([manifest.tensors[n] for n in names], starts, sum(sizes)),
-            )
-        )
-    return tuple(records)
-
-
-def _is_packed(entries: Sequence[TensorEntry], starts: Sequence[int], nbytes: int) -> bool:
-    """True when gate, up and down of an expert lie in the file as in its slot, `nbytes` in all."""
-    first = entries[0]
-    return all(
-        e.layout == "tiles"
-        and nbytes <= e.stride == first.stride
-        and e.extent.file_index == first.extent.file_index
-        and e.extent.offset == first.extent.offset + start
-        for e, start in zip(entries, starts, strict=True)
-    )
-
-
-def expert_parts(record: ExpertRecord, manifest: Manifest, expert: int) -> tuple[Extent, ...]:
-    """What to read for one expert: its slices of gate, up and down, or its record in a pack."""
-    parts = tuple(manifest.tensors[name].matrix(expert) for name in record.tensors)
-    if not record.is_packed:
-        return parts
-    return (Extent(parts[0].file_index, parts[0].offset, record.nbytes),)
 
 
 def measure(need: Need, context: int, tokens: int) -> Sizes:

@@ -21,9 +21,9 @@ from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS
 from edgert.kernels_cpu.program import Experts, Matrix
 from edgert.models.graph import WeightSource
-from edgert.placing import place_expert
+from edgert.placing import place_part
 from edgert.plan import Plan
-from edgert.plan_parts import Need, TilePlan, expert_parts
+from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend, aligned_range
@@ -196,7 +196,7 @@ class Weights:
             shape = (spec.num_hidden_layers, spec.num_experts)
             self.experts = ExpertStreamer(
                 self._backend,
-                lambda layer, expert: expert_parts(records[layer], self._manifest, expert),
+                lambda layer, expert: [part.of(expert) for part in records[layer].parts],
                 shape, self._slots_of(plan), self._staging, self._place_expert,
                 policy_for("auto", shape, spec.num_experts_per_tok),
             )  # fmt: skip
@@ -266,10 +266,9 @@ class Weights:
         if self.experts is not None:
             self.experts.resize(self._slots_of(plan))
 
-    def _place_expert(self, layer: int, expert: int, raw: list[_Bytes], slot: _Bytes) -> None:
-        record = self._need.experts[layer]
+    def _place_expert(self, layer: int, expert: int, part: int, raw: _Bytes, slot: _Bytes) -> None:
         with self._span("place expert", layer, expert):
-            place_expert(record, self._manifest, raw, slot)
+            place_part(self._need.experts[layer].parts[part], self._manifest, raw, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 

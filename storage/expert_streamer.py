@@ -20,9 +20,9 @@ these stamps and says which expert leaves first (expert_policy.py).
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from queue import SimpleQueue
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -42,18 +42,28 @@ DONE = 2
 
 _WAKE = bytes(8)
 
-PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read
-PlaceExpert = Callable[[int, int, list[Bytes], Bytes], None]  # layer, expert, raw, slot
+PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read, each at once
+PlaceExpert = Callable[[int, int, int, Bytes, Bytes], None]  # layer, expert, part, raw, slot
 PolicyFor = Callable[[int], ExpertPolicy]  # number of slots -> a policy without a past
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One part of an expert on its way into a slot."""
+
+    key: int
+    part: int
+    extent: Extent
 
 
 class ExpertStreamer:
     """Keeps records of `n_layers` x `n_experts` experts in the slots of `window`.
 
-    `parts(layer, expert)` names what to read; `place(layer, expert, raw, slot)` gets the exact
-    bytes of each part and the whole slot, in one of `len(staging)` reader threads, and should
-    release the GIL. Works with any number of slots from 1. One consumer at a time. `policy_for`
-    gives the policy of eviction, LRU without it; it changes time, never what a slot holds.
+    `parts(layer, expert)` names what to read, each extent a request of its own, so that several
+    threads work on one expert; `place(layer, expert, part, raw, slot)` gets the exact bytes of one
+    part and the whole slot, in a thread of the team, and should release the GIL. Works with any
+    number of slots from 1. One consumer at a time. `policy_for` gives the policy of eviction, LRU
+    without it; it changes time, never what a slot holds.
     """
 
     def __init__(
@@ -83,8 +93,11 @@ class ExpertStreamer:
         self._owner = np.full(window.n_slots, -1, np.int64)  # layer * n_experts + expert
         self._slot_of = np.full(n_layers * n_experts, -1, np.int64)  # the inverse of `_owner`
         self._address = self.slot_address.reshape(-1)  # the same memory, by key
-        self._in_flight: dict[int, int] = {}  # key of an expert being read -> its slot
-        self._jobs: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._in_flight: dict[int, int] = {}  # key of an expert being read -> its slot, -1 none yet
+        self._without_slot: list[int] = []  # those with none, all of one layer
+        self._parts_left: dict[int, int] = {}  # the same key -> parts that are not in the slot
+        self._jobs: deque[_Job] = deque()  # parts that no thread has taken
+        self._asleep = 0  # reading threads in the pipe
         self._request_read, self.request_fd = os.pipe()
         self._closed = False
         self.set_policy(policy_for or (lambda _slots: Lru(self.shape)))
@@ -131,8 +144,7 @@ class ExpertStreamer:
     def start(self) -> None:
         """Begin answering requests."""
         assert not self._closed and not self._team.running
-        readers = [partial(self._read_jobs, r) for r in range(self._team.n_readers)]
-        self._team.start([self._answer, *readers])
+        self._team.start_pipeline(self._take, self._fill)
 
     def raise_if_failed(self) -> None:
         """Raise the error a thread met (`StorageError` with file and offset for a failed read)."""
@@ -147,7 +159,9 @@ class ExpertStreamer:
         self.halt()
         self._team.clear()
         self._in_flight.clear()
-        self._jobs = SimpleQueue()
+        self._without_slot.clear()
+        self._jobs.clear()
+        self._asleep = 0
         # An expert whose read did not end has lost its old tenant already: its slot is free.
         lost = (self._slot_of >= 0) & (self._address == 0)
         self._owner[self._slot_of[lost]] = -1
@@ -185,20 +199,34 @@ class ExpertStreamer:
         """Stop and join the threads; a read under way is finished first. `reset` begins again."""
         self._team.stopping = True
         if self._team.running:
-            os.write(self.request_fd, _WAKE)
-            for _ in range(self._team.n_readers):
-                self._jobs.put(None)
+            os.write(self.request_fd, _WAKE * self._team.n_readers)
         self._team.join()
 
-    # ---- the thread that answers requests ---------------------------------------------------
+    # ---- the threads that read --------------------------------------------------------------
 
-    def _answer(self) -> None:
-        """Sleep in the pipe; one look at the board serves all messages waiting in it."""
+    def _take(self) -> tuple[Sequence[Extent], _Job] | None:
+        """What to read next. Sleep in the pipe when there is nothing: who wakes looks at the board.
+
+        The one that finds something wakes others and begins to read.
+        """
+        found = False
         while True:
-            os.read(self._request_read, 1 << 16)
+            with self._team.lock:
+                job = self._jobs.popleft() if self._jobs else None
+                self._asleep += job is None
+                others = min(len(self._jobs), self._asleep) if found else 0
             if self._team.stopping:
-                return
-            self._admit()
+                return None
+            if job is not None:
+                if others:
+                    os.write(self.request_fd, _WAKE * others)
+                return (job.extent,), job
+            os.read(self._request_read, 8)
+            with self._team.lock:
+                self._asleep -= 1
+                found = self._look()
+
+    # ---- the board, with the lock held -------------------------------------------------------
 
     def _wanted(self) -> tuple[int, dict[int, int]]:
         """The layer and the WANTED groups: group -> expert. Called with the lock held.
@@ -218,63 +246,84 @@ class ExpertStreamer:
         self._team.fence()
         self.state[list(groups)] = READY
 
-    def _admit(self) -> None:
-        """Give slots to the groups that want one, as far as there are any."""
-        with self._team.lock:
-            layer, groups = self._wanted()
-            if not groups:
-                return
-            # Loaded since the consumer looked: for another group, or before a reset.
-            here = {g: e for g, e in groups.items() if self.slot_address[layer, e]}
-            if here:
-                self._grant(layer, here)
-            first = layer * self.shape[1]
-            keys = dict.fromkeys(first + e for g, e in groups.items() if g not in here)
-            wanted = [key for key in keys if key not in self._in_flight]
-            stamps = self.last_used.reshape(-1)
-            plan = admit(self.policy, wanted, self._owner, stamps, self._busy(layer))
-            for item in plan.admitted:
-                if item.evicted >= 0:
-                    self._address[item.evicted] = 0
-                    self._slot_of[item.evicted] = -1
-                self._owner[item.slot] = item.expert
-                self._slot_of[item.expert] = item.slot
-                self._in_flight[item.expert] = item.slot
-        for item in plan.admitted:
-            self._jobs.put((layer, item.expert - first, item.slot))
+    def _look(self) -> bool:
+        """Order the parts of what is wanted, as far as there will be slots: True for any."""
+        layer, groups = self._wanted()
+        # Loaded since the consumer looked: for another group, or before a reset.
+        here = {g: e for g, e in groups.items() if self.slot_address[layer, e]}
+        if here:
+            self._grant(layer, here)
+        first = layer * self.shape[1]
+        keys = dict.fromkeys(first + e for g, e in groups.items() if g not in here)
+        wanted = [key for key in keys if key not in self._in_flight]
+        if not wanted:
+            return False
+        room = self._window.n_slots - len(self._in_flight) - int(self.board[1])
+        if room < len(wanted):  # so few that they have to be counted
+            taken = np.count_nonzero(self._busy()) + len(self._without_slot)
+            room = self._window.n_slots - int(taken)
+        for key in wanted[:room]:
+            extents = self._parts(layer, key - first)
+            self._parts_left[key] = len(extents)
+            self._jobs += (_Job(key, i, e) for i, e in enumerate(extents))
+            self._in_flight[key] = -1
+            self._without_slot.append(key)
+        return room > 0
 
-    def _busy(self, layer: int) -> npt.NDArray[np.bool_]:
+    def _assign(self) -> None:
+        """Give slots to the experts that were ordered without one.
+
+        It is done beside the first reads, not before: a choice among 512 slots takes 0.2 ms, and
+        0.4 beside two threads that compute.
+        """
+        wanted = self._without_slot
+        if not wanted:
+            return
+        stamps = self.last_used.reshape(-1)
+        plan = admit(self.policy, wanted, self._owner, stamps, self._busy())
+        assert not plan.waiting, plan  # `_look` counted, and since then slots became free at most
+        for item in plan.admitted:
+            if item.evicted >= 0:
+                self._address[item.evicted] = 0
+                self._slot_of[item.evicted] = -1
+            self._owner[item.slot] = item.expert
+            self._slot_of[item.expert] = item.slot
+            self._in_flight[item.expert] = item.slot
+        wanted.clear()
+
+    def _busy(self) -> npt.NDArray[np.bool_]:
         """Slots that may not be taken: being filled, or on the board and not DONE.
 
         The states are read again, after a WANTED one was seen: the consumer notes its hits before
         it wants anything, so none can be missed.
         """
         busy = np.zeros(self._window.n_slots, np.bool_)
-        busy[list(self._in_flight.values())] = True
+        busy[[slot for slot in self._in_flight.values() if slot >= 0]] = True
         n_groups = int(self.board[1])
         on_board = self.expert[:n_groups][self.state[:n_groups] != DONE]
-        slots = self._slot_of[layer * self.shape[1] + on_board]
+        slots = self._slot_of[int(self.board[0]) * self.shape[1] + on_board]
         busy[slots[slots >= 0]] = True
         return busy
 
-    # ---- the threads that read --------------------------------------------------------------
+    # ---- the threads that place -------------------------------------------------------------
 
-    def _read_jobs(self, reader: int) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None or self._team.stopping:
-                return
-            layer, expert, slot = job
-            raw = self._team.read(reader, self._parts(layer, expert))
-            self._place(layer, expert, raw, self._window.view(slot))
-            self._publish(layer, expert, slot)
+    def _fill(self, job: _Job, raw: list[Bytes]) -> None:
+        """Place what was read, and publish the expert with the last of its parts."""
+        with self._team.lock:
+            self._assign()
+            slot = self._in_flight[job.key]
+        layer, expert = divmod(job.key, self.shape[1])
+        self._place(layer, expert, job.part, raw[0], self._window.view(slot))
+        with self._team.lock:
+            self._parts_left[job.key] -= 1
+            if self._parts_left[job.key] == 0:
+                self._publish(layer, expert, slot)
 
     def _publish(self, layer: int, expert: int, slot: int) -> None:
-        """Make an expert visible, and grant it to the groups that want it."""
-        with self._team.lock:
-            self.slot_address[layer, expert] = self._window.address(slot)
-            del self._in_flight[layer * self.shape[1] + expert]
-            self.loads += 1
-            now, groups = self._wanted()
-            if now == layer:
-                self._grant(layer, {g: e for g, e in groups.items() if e == expert})
+        """Make an expert visible, and grant it to the groups that want it. With the lock held."""
+        self.slot_address[layer, expert] = self._window.address(slot)
+        del self._in_flight[layer * self.shape[1] + expert]
+        self.loads += 1
+        now, groups = self._wanted()
+        if now == layer:
+            self._grant(layer, {g: e for g, e in groups.items() if e == expert})

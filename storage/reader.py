@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from edgert.storage.backend import Backend, aligned_range
 from edgert.storage.manifest import Extent
+from edgert.storage.promptness import wake_promptly
 
 __all__ = ["ReaderTeam", "parts_bytes"]
 
@@ -211,6 +212,7 @@ class ReaderTeam:
         self.failed[0] = 0
 
     def _run(self, work: Callable[[], None]) -> None:
+        wake_promptly()
         try:
             work()
         except BaseException as error:

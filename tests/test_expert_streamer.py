@@ -71,15 +71,16 @@ N_LAYERS, N_EXPERTS, RECORD = 3, 8, 700
 class Experts:
     """An expert streamer over random records of two parts, and its consumer."""
 
-    def __init__(self, n_slots=4, threads=2, plan=None):
-        self.data = fill((N_LAYERS, N_EXPERTS, RECORD), seed=6)
+    def __init__(self, n_slots=4, threads=2, plan=None, n_experts=N_EXPERTS):
+        self.n_experts = n_experts
+        self.data = fill((N_LAYERS, n_experts, RECORD), seed=6)
         self.backend = FaultyBackend(MemoryBackend([self.data.tobytes()], ALIGNMENT), plan)
         self.window = Window(pages(n_slots * 4096), 4096)
-        need = max(parts_bytes(self.parts(la, e), ALIGNMENT) for la in range(3) for e in range(8))
+        need = parts_bytes([Extent(0, ALIGNMENT - 1, 400)], ALIGNMENT)  # at the worst place
         self.streamer = ExpertStreamer(
             self.backend,
             self.parts,
-            (N_LAYERS, N_EXPERTS),
+            (N_LAYERS, n_experts),
             self.window,
             [pages(need) for _ in range(threads)],
             self.place,
@@ -88,11 +89,11 @@ class Experts:
         self.hits = self.misses = 0
 
     def parts(self, layer, expert):
-        first = (layer * N_EXPERTS + expert) * RECORD
+        first = (layer * self.n_experts + expert) * RECORD
         return Extent(0, first, 300), Extent(0, first + 300, 400)
 
-    def place(self, layer, expert, raw, slot):
-        np.bitwise_xor(np.concatenate(raw), 255, out=slot[:RECORD])
+    def place(self, layer, expert, part, raw, slot):
+        np.bitwise_xor(raw, 255, out=slot[300 * part : 300 * part + len(raw)])
 
     def check(self, layer, expert, address):
         got = at_address(self.window, int(address), RECORD)
@@ -235,6 +236,57 @@ def test_any_failing_expert_read_is_handed_over_and_recovered_from(n_slots):
         s.close()
 
 
+@pytest.mark.parametrize("n", [1, 5, 12, 16])
+def test_one_failing_read_among_many_in_flight(n):
+    """All of a layer is wanted at once; the error is that of the read, and nothing stays taken."""
+    plan = FaultPlan(fail={n}, delay_s=0.001)
+    moe = Experts(n_slots=12, threads=6, plan=plan)
+    s = moe.streamer
+    s.start()
+    assert not moe.compute(0, list(range(8)))
+    with pytest.raises(StorageError, match=f"read {n}"):
+        s.raise_if_failed()
+    s.reset()
+    moe.check_all()
+    assert not s._in_flight and not s._jobs and not s._without_slot
+    assert int((s._owner >= 0).sum()) == len(moe.resident())
+    assert all(moe.compute(layer, list(range(8))) for layer in (0, 1, 0))
+    moe.check_all()
+    s.close()
+
+
+@pytest.mark.parametrize("n_experts, n_slots", [(1, 1), (1, 3), (512, 5), (512, 600)])
+def test_one_expert_and_512_of_which_all_are_active(n_experts, n_slots):
+    moe = Experts(n_slots, threads=6, n_experts=n_experts)
+    s = moe.streamer
+    s.start()
+    for layer in (0, 1, 2, 2):
+        assert moe.compute(layer, list(range(n_experts)))
+    moe.check_all()
+    s.close()
+    assert s.loads == moe.misses
+
+
+def test_nothing_is_read_twice_for_a_layer():
+    """Each part of each missing expert is one request, whoever asks, wakes or waits for slots."""
+    moe = Experts(n_slots=6, threads=6, plan=FaultPlan(delay_s=0.0005))
+    s = moe.streamer
+    extents = []
+    s._team.read, read = lambda b, parts: (extents.extend(parts), read(b, parts))[1], s._team.read
+    s.start()
+    rng = random.Random(3)
+    for _ in range(30):
+        for layer in range(N_LAYERS):
+            extents.clear()
+            chosen = rng.sample(range(N_EXPERTS), rng.randint(1, 8))
+            missing = [e for e in chosen if not s.slot_address[layer, e]]
+            os.write(s.request_fd, bytes(8 * rng.randrange(4)))  # nobody asked
+            assert moe.compute(layer, chosen, rng)
+            wanted = [part for e in missing for part in moe.parts(layer, e)]
+            assert sorted(e.offset for e in extents) == sorted(p.offset for p in wanted)
+    s.close()
+
+
 def test_reset_with_reads_under_way_keeps_what_is_resident():
     moe = Experts(n_slots=3, threads=2, plan=FaultPlan(delay_s=0.003))
     s = moe.streamer
@@ -256,7 +308,8 @@ def test_reset_with_reads_under_way_keeps_what_is_resident():
 def test_a_slot_being_filled_is_not_taken_for_another_expert():
     """The only slot is being filled for a board that is gone when the next expert is wanted."""
     gate = threading.Event()
-    moe = Experts(n_slots=1, threads=2, plan=FaultPlan(delay_s=lambda n: 0.0 * gate.wait(20)))
+    # Of four threads three read: two parts are under way, and the third thread looks at the board.
+    moe = Experts(n_slots=1, threads=4, plan=FaultPlan(delay_s=lambda n: 0.0 * gate.wait(20)))
     s = moe.streamer
     s.start()
     for layer, expert in ((0, 5), (1, 6)):
