@@ -61,6 +61,7 @@ class ExpertControl:
         ]
         self._sink: Callable[[npt.NDArray[np.int16]], object] | None = None
         self._learner: ExpertLearner | None = None
+        self._forecasts: dict[tuple[int, int], Callable[[int], float] | None] = {}
         self.profile: ExpertProfile | None = None  # what was known when the model was opened
         self._use_profile(manifest)
 
@@ -87,7 +88,10 @@ class ExpertControl:
 
     def misses(self, plan: Plan) -> Callable[[int], float] | None:
         """Experts to be read for a pass of so many tokens under a plan, if the model is known."""
-        return forecast_misses(self.profile, plan.expert_slots, plan.prefill_tokens)
+        key = plan.expert_slots, plan.prefill_tokens
+        if key not in self._forecasts:
+            self._forecasts[key] = forecast_misses(self.profile, *key)
+        return self._forecasts[key]
 
     @property
     def counts(self) -> tuple[int, int]:

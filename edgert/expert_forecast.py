@@ -17,6 +17,7 @@ from edgert.storage.expert_policy import choose_policy, hottest
 __all__ = ["forecast_misses"]
 
 _LEAST_TOKENS = 16  # of routing; fewer say nothing
+_STEPS = 1536  # tokens x layers replayed for single tokens, half of them as the prompt
 
 
 def forecast_misses(
@@ -30,11 +31,14 @@ def forecast_misses(
     """
     if profile is None or len(profile.sample) < _LEAST_TOKENS:
         return None
-    sample, shape = profile.sample, profile.uses.shape
+    shape = profile.uses.shape
     uses, k = profile.uses.astype(np.float64), profile.identity.k
 
     @cache
     def missed(tokens: int) -> float:
+        # Few of single tokens: an engine asks while it opens, and a step takes 60 us.
+        most = max(_LEAST_TOKENS, _STEPS // shape[0]) if tokens == 1 else len(profile.sample)
+        sample = profile.sample[-most:]
         prompt = len(sample) // 2 if tokens == 1 else len(sample)
         size = prefill_tokens if tokens == 1 else tokens
         sizes = [size] * (prompt // size) + [prompt % size] * (prompt % size > 0)

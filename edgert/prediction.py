@@ -41,6 +41,10 @@ Misses = Callable[[int], float]  # tokens of a pass -> experts that have to be r
 PROMPT_TOKENS = 256  # of the prompt that is predicted where none is named
 TOKEN_SECONDS = 0.4e-3  # sampler, text and Python for each token: 0.3 to 0.5 ms measured
 _LAYER_OPS = 13  # ops of a dense layer that end in a barrier
+# Missing experts are read layer by layer, each layer beginning with an idle disk: the share of the
+# disk's rate they reach, and what a layer waits beside (0.5, 1 and 2 GiB of a 3.7 GB model of 64
+# experts, 16 layers, disk at 1.8 to 2.2 GB/s).
+_DEMAND, _LAYER_WAIT_SECONDS = 0.75, 0.9e-3
 _REPEATED = 0.5  # share of a prompt's tokens that occurred before: their rows are read once
 
 
@@ -204,7 +208,7 @@ class _Model:
         compute_bound = cores + streamed * taken + repack
         longest = max(disk_bound, compute_bound)
         if self.missing:  # experts are asked for when the router has chosen: nothing overlaps
-            longest = cores + flash
+            longest = cores + flash / _DEMAND + spec.num_hidden_layers * _LAYER_WAIT_SECONDS
         contention = longest - max(flash, cores)
         return Terms(
             flash, memory, compute, attention, repack, contention, overhead, longest + overhead
