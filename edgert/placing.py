@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from edgert.expert_records import RecordPart
 from edgert.kernels_cpu.layout import repack
-from edgert.plan_parts import RecordPart
 from edgert.storage.manifest import Manifest, TensorEntry
 
 __all__ = ["place_part", "place_rows"]
