@@ -1,6 +1,7 @@
-"""The routed experts of a model as records: where the parts of one lie, in the file and its slot.
+"""What an expert is in a slot, and in which requests it is read.
 
-Owns: cutting an expert into what is read at once. Pure. Must not know how anything is read.
+Owns: the record of a layer's experts and its parts. Pure. Must not know how many slots there are
+(plan.py), who reads the parts nor how they are placed (placing.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from edgert.storage.backend import ALIGNMENT
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.units import align_up
 
-__all__ = ["ExpertRecord", "RecordPart", "records_of"]
+__all__ = ["ExpertRecord", "RecordPart", "expert_records"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class ExpertRecord:
     parts: tuple[RecordPart, ...]  # each of a size that is read at once
 
 
-def records_of(
+def expert_records(
     spec: ModelSpec, needs: dict[str, TensorNeed], manifest: Manifest, size: int
 ) -> tuple[ExpertRecord, ...]:
     """The experts of each layer, read in parts of about `size` bytes."""

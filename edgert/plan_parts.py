@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, lcm
 
-from edgert.expert_records import ExpertRecord, records_of
+from edgert.expert_records import ExpertRecord, expert_records
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
@@ -153,7 +153,7 @@ def need_of(
             tiles += _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
     if spec.tie_word_embeddings:
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
-    experts = records_of(spec, needs, manifest, tile_bytes)
+    experts = expert_records(spec, needs, manifest, tile_bytes)
     parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
     expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
     raw = [sum(p.extent.nbytes for p in r.parts) for r in experts]

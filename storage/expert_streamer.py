@@ -13,6 +13,8 @@ layer at a time, in this order, without which a hit could be evicted while it is
   4. only now write state WANTED for the misses, and 8 bytes to `request_fd`.
 A WANTED group becomes READY once its address is written. The consumer marks it DONE after use,
 and writes to `request_fd` again when others are still WANTED: its slot may be the one they need.
+An expert is read part by part, by threads that only read, and placed by others that only place; it
+is published with its last part. Slots are chosen beside the first reads, not before them.
 The consumer stamps `last_used[layer, expert]` with a clock that ticks once a layer; a policy reads
 these stamps and says which expert leaves first (expert_policy.py).
 """

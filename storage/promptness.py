@@ -2,8 +2,10 @@
 
 Owns: asking the scheduler for that. Must not know what the threads do.
 
-Linux (6.6 and later) lets whoever has a core keep it for a slice of 1.4 ms on two cores; a thread
-that asked for shorter slices preempts it when it wakes, and has no more of the core on the whole.
+Linux lets whoever has a core keep it for a slice of a millisecond or more; since 6.12 a thread that
+asked for shorter slices preempts it when it wakes, and gets no more of the core on the whole. Older
+systems take no notice. From the router to the first read of an expert, 2 threads computing on 2
+cores: 0.92 and 0.90 ms without it, 0.74 and 0.55 with it (medians of 246 layers, in turn).
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""The parts in which an expert is read: together they are the record, however finely it is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgert.expert_records import expert_records
+from edgert.kernels_cpu.layout import matrix_bytes, repack_ref
+from edgert.models.spec import spec_from_manifest
+from edgert.models.tensors import check_tensors
+from edgert.pack import pack_model
+from edgert.placing import place_part
+from edgert.storage.gguf import read_gguf
+from edgert.storage.manifest import Manifest
+from edgert.storage.pack import read_pack
+
+SIZES = [1, 5000, 20_000, 1 << 20]  # a tile at a time, ..., all at once
+
+
+def records_of(manifest: Manifest, size: int):
+    spec = spec_from_manifest(manifest.metadata, manifest.tensors)
+    needs = check_tensors(spec, manifest.tensors)
+    return spec, expert_records(spec, needs, manifest, size)
+
+
+def placed(manifest: Manifest, record, expert: int) -> bytes:
+    data = manifest.files[0].read_bytes()
+    slot = np.zeros(record.nbytes, np.uint8)
+    for part in record.parts:
+        at = part.of(expert)
+        raw = np.frombuffer(data, np.uint8, at.nbytes, at.offset)
+        place_part(part, manifest, raw, slot)
+    return slot.tobytes()
+
+
+def whole(manifest: Manifest, record, expert: int) -> bytes:
+    """The record, each matrix repacked at once by the slow twin."""
+    data = manifest.files[0].read_bytes()
+    slot = np.zeros(record.nbytes, np.uint8)
+    starts = (0, record.up_offset, record.down_offset)
+    for name, fmt, start in zip(record.tensors, record.formats, starts, strict=True):
+        entry = manifest.tensors[name]
+        rows, columns = entry.shape[1:]
+        at = entry.matrix(expert)
+        raw = np.frombuffer(data, np.uint8, at.nbytes, at.offset)
+        nbytes = matrix_bytes(fmt, rows, columns)
+        slot[start : start + nbytes] = repack_ref(fmt, raw, rows, columns)
+    return slot.tobytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parts_make_the_record_of_a_gguf_and_of_a_pack(
+    tiny_moe_gguf: Path, tmp_path: Path, size: int
+) -> None:
+    gguf = read_gguf(tiny_moe_gguf)
+    pack_model(tiny_moe_gguf, tmp_path / "moe.edgert")
+    pack = read_pack(tmp_path / "moe.edgert")
+    spec, records = records_of(gguf, size)
+    _, packed = records_of(pack, size)
+    for record, same in zip(records, packed, strict=True):
+        assert {part.tensor for part in same.parts} == {""}
+        for expert in (0, spec.num_experts - 1):
+            truth = whole(gguf, record, expert)
+            assert placed(gguf, record, expert) == truth == placed(pack, same, expert)
+    if size == SIZES[0]:
+        assert len(records[0].parts) > 10
+    if size == SIZES[-1]:
+        assert len(records[0].parts) == 3 and len(packed[0].parts) == 1
