@@ -112,8 +112,13 @@ def worker_commands(
     context_length: int,
     python: str | None,
     theirs: Path,
+    *,
+    repack: bool = True,
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Name -> command and environment of both processes; llama.cpp first, as it may be missing."""
+    """Name -> command and environment of both processes; llama.cpp first, as it may be missing.
+
+    `repack`: llama.cpp's own repacking of weights at loading, its default.
+    """
     settings: dict[str, Any] = {
         "path": str(options.path),
         "threads": threads,
@@ -134,7 +139,11 @@ def worker_commands(
 
     return {
         "llama.cpp": (
-            command(python or sys.executable, "llamacpp", settings | {"path": str(theirs)}),
+            command(
+                python or sys.executable,
+                "llamacpp",
+                settings | {"path": str(theirs), "repack": repack},
+            ),
             there,
         ),
         "edgert": (command(sys.executable, "edgert", ours), here),

@@ -52,13 +52,21 @@ class _Edgert:
 
 
 class _LlamaCpp:
-    """llama.cpp as llama-cpp-python sets it up, but for threads and sizes."""
+    """llama.cpp as llama-cpp-python sets it up, but for threads and sizes.
 
-    def __init__(self, tell: Any, path: str, threads: int, context_length: int) -> None:
+    Without `repack` all weights stay in the mapped file. The repacked ones are memory that the
+    system cannot drop: in a limit below their size they never load.
+    """
+
+    def __init__(
+        self, tell: Any, path: str, threads: int, context_length: int, repack: bool = True
+    ) -> None:
         import llama_cpp
         import numpy
 
         self._numpy = numpy
+        if not repack:
+            _without_repacking(llama_cpp.llama_cpp)
         self._llama = llama_cpp.Llama(
             path, n_ctx=context_length, n_batch=512, n_threads=threads, n_threads_batch=threads,
             verbose=False,
@@ -85,6 +93,18 @@ class _LlamaCpp:
     def top(self) -> int:
         logits = self._llama._ctx.get_logits()
         return int(self._numpy.ctypeslib.as_array(logits, (self._llama.n_vocab(),)).argmax())
+
+
+def _without_repacking(library: Any) -> None:
+    """Change the default that `Llama` begins with; it takes no such option."""
+    make = library.llama_model_default_params
+
+    def params() -> Any:
+        found = make()
+        found.use_extra_bufts = False
+        return found
+
+    library.llama_model_default_params = params
 
 
 _ENGINES: dict[str, Any] = {"edgert": _Edgert, "llamacpp": _LlamaCpp}

@@ -1,8 +1,9 @@
 """`edgert stress --baseline`: edgert and llama.cpp in groups with the same limits, in turn.
 
 Owns: what both are asked, the time limit, the ratios. How an engine is driven is in
-bench_baseline.py. llama.cpp maps the file: in a limit below its size every token reads it anew, so
-a few tokens take minutes and each side has a time limit.
+bench_baseline.py. llama.cpp maps the file, its repacking off, because repacked weights can not be
+dropped from memory and do not fit: in a limit below the file's size every token reads it anew. A
+few tokens may take minutes, so each side has a time limit.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Si
         case.model, budget, case.context_length, case.threads, case.kv_cache_type
     )
     threads = options.plan().threads
-    argv, env = worker_commands(options, threads, case.context_length, python, options.path)[name]
+    commands = worker_commands(
+        options, threads, case.context_length, python, options.path, repack=False
+    )
+    argv, env = commands[name]
     tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(case.model).metadata)
     text = some_text(tokenizer, case.prompt_tokens + case.max_tokens + _PAST)
     side = Side()

@@ -98,8 +98,8 @@ class Run:
 
     @property
     def resident_share(self) -> float | None:
-        """Weights in memory, as a share of the budget."""
-        if not self.stats or not self.found["streamed_bytes"]:
+        """Weights in memory, as a share of the budget; None where engines share it."""
+        if self.case.engines > 1 or not self.stats or not self.found["streamed_bytes"]:
             return None
         share: float = self.stats["resident_bytes"] / self.case.budget_bytes
         return share

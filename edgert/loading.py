@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from edgert.budget import resolve_budget
+from edgert.budget import resolve_budget, within_cgroup
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile, load_profile
 from edgert.errors import BudgetError, InputError, ModelError, UnsupportedError
@@ -73,11 +73,14 @@ def planner(
     return plan_for
 
 
-def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Opened, LoadOptions]:
+def at_quality(
+    opened: Opened, options: LoadOptions, process: int, *, here: bool = False
+) -> tuple[Opened, LoadOptions]:
     """The model that `options.quality_bits` asks for, and the options to load it with.
 
     "auto" takes the widest that needs no streaming, or else the narrowest; a share of the budget is
-    then one of the whole model. Raises `InputError` for bits that the model does not have.
+    then one of the whole model. `here`: as of `make_plan`. Raises `InputError` for bits that the
+    model does not have.
     """
     bits, manifest = options.quality_bits, opened.manifest
     if bits is None or bits == 8:
@@ -95,6 +98,7 @@ def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Open
         return models[int(bits)], options
     full = planner(opened, options, process, None)(sys.maxsize).full_bytes
     budget = resolve_budget(options.memory_budget, full, available_bytes())
+    budget = within_cgroup(budget) if here else budget
     options = replace(options, memory_budget=budget)
     for model in (opened, *reversed(models.values())):
         with suppress(BudgetError):
@@ -103,11 +107,15 @@ def at_quality(opened: Opened, options: LoadOptions, process: int) -> tuple[Open
     return model, options
 
 
-def make_plan(opened: Opened, options: LoadOptions, process: int) -> Plan:
-    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`."""
+def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool = False) -> Plan:
+    """The plan for these options. Raises `BudgetError`, `ContextError`, `ModelError`.
+
+    `here`: for this process, whose cgroup may have less than was asked for.
+    """
     profile = load_profile(opened.manifest.files, options.threads or default_threads())
     plan_for = planner(opened, options, process, profile)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0
-    return plan_for(resolve_budget(asked, full, available_bytes()))
+    budget = resolve_budget(asked, full, available_bytes())
+    return plan_for(within_cgroup(budget) if here else budget)

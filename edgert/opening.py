@@ -112,12 +112,12 @@ def load(
     """Open a GGUF model or an `.edgert` pack within `memory_budget`; by default the bundled one.
 
     `memory_budget`: bytes, "1.5GiB", or "50%" of what the whole model needs in memory; None is what
-    the machine or the enclosing cgroup has free. It covers the whole process. `context_length`:
-    tokens of prompt and answer; `threads`: by default the cores this process may use;
-    `kv_cache_type`: "f16" or "f32"; `prefill_tokens`: most tokens of one pass. None lets the plan
-    choose. `quality_bits`: use only these top bits of the matrices of a nested pack, which is
-    lossy; "auto" takes as many as fit without streaming, all 8 where they do.
-    `on_progress(what, done, to_do)` is called while compiling and loading.
+    the machine or the enclosing cgroup has free; above the cgroup's limit it is that limit, with a
+    warning. It covers the whole process. `context_length`: tokens of prompt and answer; `threads`:
+    by default the cores this process may use; `kv_cache_type`: "f16" or "f32"; `prefill_tokens`:
+    most tokens of one pass. None lets the plan choose. `quality_bits`: use only these top bits of
+    the matrices of a nested pack, which is lossy; "auto" takes as many as fit without streaming,
+    all 8 where they do. `on_progress(what, done, to_do)` is called while compiling and loading.
     `backend` opens the files: another one than `FileBackend` serves tests and embedders.
     `timeline` records what the engine does.
 
@@ -144,8 +144,8 @@ def load(
     for _ in compile_here(wanted):
         pass
     process = process_bytes(opened, measured=True)
-    opened, options = at_quality(opened, options, process)
-    plan = make_plan(opened, options, process)
+    opened, options = at_quality(opened, options, process, here=True)
+    plan = make_plan(opened, options, process, here=True)
     manifest = opened.manifest
     if backend is None:
         files: Backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)

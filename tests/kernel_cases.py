@@ -7,14 +7,14 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from edgert.quant.formats import BY_NAME, QuantFormat
+from edgert.quant.formats import BY_NAME, FORMATS, QuantFormat
 
 _SCALES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82),
     "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
-    "IQ4_XS": (0,), "MXFP4": (),
+    "IQ4_XS": (0,), "MXFP4": (), "B4": (0,),
 }  # fmt: skip
-COMPARED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "IQ4_NL")
+COMPARED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "IQ4_NL", "B4")
 
 
 def random_raw(
@@ -63,7 +63,7 @@ def main() -> None:
         raw = random_raw(fmt, 23, 512, np.random.default_rng(12))
         print(f"{name}-tiles:{hashlib.sha256(tiles_of(fmt, raw, 512).tobytes()).hexdigest()[:16]}")
     for name in COMPARED:
-        fmt, rng = BY_NAME[name], np.random.default_rng(11)
+        fmt, rng = FORMATS[name], np.random.default_rng(11)
         raw, x = random_raw(fmt, 40, 512, rng), random_activations(6, 512, rng)
         y = matmul.matmul(fmt, tiles_of(fmt, raw, 512), x, 40)
         print(f"{name}:{hashlib.sha256(y.tobytes()).hexdigest()[:16]}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import edgert
 from edgert.engine import Engine
 from edgert.errors import BudgetError, EdgertError, InputError, StorageError
 from edgert.storage.arena import Arena
@@ -20,7 +21,7 @@ from edgert.storage.backend import Backend, FileBackend
 from edgert.units import KIB
 from tests.answers import answer, expected, range_of
 from tests.faults import FaultPlan, FaultyBackend
-from tests.tight import tight
+from tests.tight import fixed_process, tight
 
 # ----------------------------------------------------------------------------- refusals
 
@@ -67,8 +68,11 @@ def test_a_budget_above_the_cgroup_is_warned_of_and_cut(
         with caplog.at_level(logging.WARNING):
             assert engine.set_memory_budget("2GiB").budget_bytes == limit
             assert engine.set_memory_budget(limit).budget_bytes == limit
-    assert len(caplog.messages) == 1
-    assert "MiB counts, not the budget of 2048.0 MiB" in caplog.messages[0]
+            with fixed_process(), edgert.load(tiny_gguf, memory_budget="2GiB") as other:
+                assert other.plan.budget_bytes == limit
+    assert len(caplog.messages) == 2
+    for message in caplog.messages:
+        assert "MiB counts, not the budget of 2048.0 MiB" in message
 
 
 def test_a_closed_engine_has_no_budget(tiny_gguf: Path) -> None:
