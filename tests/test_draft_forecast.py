@@ -28,7 +28,7 @@ def plain(flash: float, compute: float) -> Prediction:
     """A pass of `flash` seconds of reading beside `compute` seconds; more tokens cost little."""
     one = Terms(flash, compute, 0.0, 0.0, 0.0, 0.0, 0.0, max(flash, compute))
     many = replace(one, compute=100 * compute / 10)
-    return Prediction(1 / one.total, 1.0, 1.0, 100, "flash", one, many, 1e9, False)
+    return Prediction(1 / one.total, 1.0, 1.0, 100, "flash", one, many, 1e9, None, False)
 
 
 def test_bits_and_what_is_assumed_of_them() -> None:
