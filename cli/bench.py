@@ -19,6 +19,7 @@ from edgert.cli.options import (
     json_option,
     load_options,
     trace_option,
+    without_learning,
 )
 from edgert.cli.progress import Progress
 from edgert.cli.report import print_csv, print_json
@@ -141,6 +142,7 @@ def bench(
     of edgert against the limits of the machine.
     """
     _refuse_combinations(click.get_current_context().params)
+    without_learning()
     with Progress() as progress:
         if kernels:
             from edgert.cli.bench_kernels import bench_kernels, kernels_text

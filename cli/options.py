@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -39,6 +40,7 @@ __all__ = [
     "parse_budget",
     "sampling_options",
     "trace_option",
+    "without_learning",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -375,3 +377,9 @@ def debug_options(function: F) -> F:
     )
     text = "Log more, and show tracebacks of errors."
     return cast(F, _option("--debug", is_flag=True, help=text)(with_verbose))
+
+
+def without_learning() -> None:
+    """Measure runs as the first ones, unless the user says otherwise: a profile of experts learnt
+    from the same text would flatter the next run of it."""
+    os.environ.setdefault("EDGERT_EXPERT_PROFILE", "off")

@@ -15,7 +15,7 @@ import click
 
 import edgert
 from edgert import InputError
-from edgert.cli.options import debug_options, json_option, parse_budget
+from edgert.cli.options import debug_options, json_option, parse_budget, without_learning
 from edgert.cli.report import require_matplotlib
 from edgert.cli.stress_faults import FAULTS
 
@@ -182,6 +182,7 @@ def stress(
     from edgert.cli.stress_cases import Sweep, all_cases, choose, with_references
     from edgert.cli.stress_outcome import Outputs, compare, judge, sigterm_as_interrupt
 
+    without_learning()
     if plot is not None:
         require_matplotlib()
     if model_files and model is not None and _typed("model"):
