@@ -91,7 +91,7 @@ def test_every_command_has_help(command: str) -> None:
     run = inside(command, "-h")
     assert run.returncode == 0
     assert re.match(
-        rf"Usage: edgert {command} \[OPTIONS\] (\[MODEL\](\.\.\.| \[MODEL\]\.\.\.)?|TRACE)\n",
+        rf"Usage: edgert {command} \[OPTIONS\] (\[MODEL\](\.\.\.| \[MODEL\]\.\.\.)?|\[?TRACE\]?)\n",
         run.stdout,
     )
     assert re.search(r"^  [A-Z].*\.$", run.stdout, re.MULTILINE), "no sentence says what it does"
