@@ -47,6 +47,9 @@ from edgert.units import MIB
 
 __all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
 
+# Each takes some 400 bytes of the process while plans are compared: 8 GB in tiles of 128 KiB would
+# be 25 MB, for a smallest budget that is 1 MiB lower.
+_MOST_TILES = 1 << 14
 _CONTEXTS = (4096, 2048, 1024, 512, 256)
 _COMFORT = 6  # activations, ring and staging may take 1/6 of what is left beside the process
 _CONTEXT_SHARE = 8  # and a KV cache nobody asked for 1/8
@@ -110,7 +113,7 @@ def plan_memory(
     fixed = options.prefill_tokens
     shapes = [
         replace(shape, tokens=min(shape.tokens if fixed is None else fixed, longest))
-        for shape in _suited(_SHAPES, profile)
+        for shape in _suited(_SHAPES, profile, manifest.tensor_bytes)
     ]
     needs = {} if needs is None else needs
     layout = _Layout(spec, manifest, options, process_bytes, needs)
@@ -138,13 +141,16 @@ def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
     return sorted({min(value, most) for value in usual}, reverse=True)
 
 
-def _suited(shapes: Sequence[Shape], profile: DeviceProfile | None) -> list[Shape]:
-    """The shapes with the requests that the device wants."""
+def _suited(
+    shapes: Sequence[Shape], profile: DeviceProfile | None, weight_bytes: int
+) -> list[Shape]:
+    """The shapes with the requests that the device wants, and not too many tiles."""
     tile_bytes, readers = requests_for(profile)
+    least = weight_bytes // _MOST_TILES
     return [
         replace(shape, tile_bytes=tile_bytes, readers=readers)
         if (shape.tile_bytes, shape.readers) == USUAL
-        else shape
+        else replace(shape, tile_bytes=max(shape.tile_bytes, least))
         for shape in shapes
     ]
 

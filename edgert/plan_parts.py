@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import gcd, lcm
 
 from edgert.expert_records import ExpertRecord, expert_records
@@ -208,17 +209,20 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
         even = lcm(*(ALIGNMENT // gcd(ALIGNMENT, nbytes) for nbytes in each))
         count = max(even, count // even * even)
     step = TILE_ROWS * count
-    tiles = []
-    for first in range(0, rows, step):
-        n = min(step, rows - first)
-        bases = tuple(
-            Base(bits, entry.base_parts(bits), matrix_bytes(BASES[bits], n, columns))
-            for bits in entry.base_bits
-        )
-        nbytes = matrix_bytes(entry.format, n, columns)
-        extents = entry.extents(first, first + n)
-        tiles.append(TilePlan(name, first, n, nbytes, extents, is_head, bases))
-    return tiles
+
+    @cache
+    def held(n: int) -> tuple[int, tuple[Base, ...]]:
+        """What `n` rows take in memory, whole and as bases."""
+        widths = [(bits, entry.base_parts(bits)) for bits in entry.base_bits]
+        bases = [Base(bits, parts, matrix_bytes(BASES[bits], n, columns)) for bits, parts in widths]
+        return matrix_bytes(entry.format, n, columns), tuple(bases)
+
+    return [
+        TilePlan(name, first, n, nbytes, entry.extents(first, first + n), is_head, bases)
+        for first in range(0, rows, step)
+        for n in [min(step, rows - first)]
+        for nbytes, bases in [held(n)]
+    ]
 
 
 def measure(need: Need, context: int, tokens: int) -> Sizes:
