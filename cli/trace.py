@@ -14,6 +14,7 @@ from edgert.cli.options import (
     json_option,
     load_options,
     sampling_options,
+    without_learning,
 )
 from edgert.cli.progress import Progress
 from edgert.cli.report import atomic_file, print_json
@@ -51,6 +52,7 @@ def trace(
     edgert trace model.gguf -b 2GiB -n 200 -p "Once upon a time" --out trace.npz
     edgert simulate trace.npz --budgets 25%,50%
     """
+    without_learning()
     passes: list[Any] = []
     with Progress() as progress, options.load(progress) as engine:
         progress.close()
