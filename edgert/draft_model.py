@@ -1,30 +1,34 @@
 """A small model drafts for a large one: `load(..., draft_model=...)`, --draft-model.
 
-Owns: which models go together, and the guesses. Must not know how guesses are weighed
-(speculation.py) or verified. Leviathan et al., arXiv 2211.17192.
+Owns: which models go together, and the logits of guesses. Must not know how they are drawn
+(model_drafter.py) or weighed. Leviathan et al., arXiv 2211.17192.
 
 The draft model is an engine of its own, opened first and all in memory: what it may use is part of
-the process when the large model's plan is made, so both are inside one budget. A drafted token is
-drawn from the draft model's logits with the random number that the sampler will use for its place.
+the process when the large model's plan is made, so both are inside one budget.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgert.errors import BudgetError, InputError, ModelError
+import numpy as np
+import numpy.typing as npt
+
+from edgert.errors import BudgetError, InputError
+from edgert.model_drafter import ModelDrafter
 from edgert.sampler import SURENESS, Sampler
 from edgert.speculation import Acceptance
 
 if TYPE_CHECKING:
     from edgert.engine import Engine
-    from edgert.forward import Forward, Ticket
+    from edgert.forward import Ticket
     from edgert.opening import Opened
 
-__all__ = ["DraftModel", "ModelDrafter", "check_vocabularies", "open_draft_model"]
+__all__ = ["NAME", "DraftModel", "check_vocabularies", "open_draft_model"]
 
+NAME = "draft model"
 _PREFILL = 64  # tokens of a pass: a small model reads a prompt fast enough
 
 
@@ -64,60 +68,20 @@ class DraftModel:
 
     def drafter(self, sampler: Sampler, ends: Collection[int], ticket: Ticket) -> ModelDrafter:
         """The guesses of one generation."""
-        acceptance = self._acceptance[sampler.is_greedy]
         engine = self.engine
-        return ModelDrafter(
-            engine.forward, engine.vocab_size, engine.context_length, sampler, ends, acceptance,
-            ticket,
-        )  # fmt: skip
+
+        def logits(text: list[int]) -> npt.NDArray[np.float32] | None:
+            """What its KV cache lacks of `text` is computed with the first guess."""
+            if len(text) > engine.context_length:
+                return None
+            found = engine.forward.evaluate(text, engine.vocab_size, ticket=ticket)
+            return found.reshape(-1)
+
+        return ModelDrafter(NAME, logits, sampler, ends, self._acceptance[sampler.is_greedy])
 
     def close(self) -> None:
         """Give its memory back. Idempotent."""
         self.engine.close()
-
-
-class ModelDrafter:
-    """Guesses of one generation: a pass of the draft model for each. See `Drafter`."""
-
-    name = "draft model"
-    is_free = False
-
-    def __init__(
-        self,
-        forward: Forward,
-        vocabulary: int,
-        context: int,
-        sampler: Sampler,
-        ends: Collection[int],
-        acceptance: Acceptance,
-        ticket: Ticket,
-    ) -> None:
-        """`context`: tokens that the draft model can read; `ends`: those that nothing follows."""
-        self.acceptance = acceptance
-        self._forward = forward
-        self._vocabulary = vocabulary
-        self._context = context
-        self._sampler = sampler
-        self._ends = ends
-        self._ticket = ticket
-
-    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """As `Drafter.guesses`; the kind is how sure the draw was (`Sampler.guess`).
-
-        What the draft model's KV cache lacks of `tokens` is computed with the first. Ends where its
-        context is full. Raises `CancelledError`.
-        """
-        sampler, text = self._sampler.fork(), list(tokens)
-        while len(text) <= self._context:
-            logits = self._forward.evaluate(text, self._vocabulary, ticket=self._ticket)[0]
-            try:
-                token, kind = sampler.guess(logits, text)
-            except (InputError, ModelError):  # the large model may do better, or say so
-                return
-            yield token, kind
-            if token in self._ends:
-                return
-            text.append(token)
 
 
 def open_draft_model(

@@ -3,21 +3,20 @@
 Owns: guesses of a nested model's base. Must not know where weights are, nor how guesses are
 weighed (speculation.py). Drafting with fewer bits of the same weights: SPEQ, arXiv 2510.18525;
 substitutes of what is not in memory: SubSpec, arXiv 2509.18344.
-
-A drafted token is drawn from the base's logits with the random number that the sampler will use
-for its place, so it is the right one wherever the full weights' logits are alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 
-from edgert.errors import InputError, ModelError
 from edgert.forward import Forward, Ticket
+from edgert.model_drafter import ModelDrafter
 from edgert.sampler import SURENESS, Sampler
 from edgert.speculation import Acceptance
 
-__all__ = ["SelfDrafter", "self_acceptance"]
+__all__ = ["NAME", "self_acceptance", "self_drafter"]
+
+NAME = "self"
 
 
 def self_acceptance() -> Acceptance:
@@ -26,44 +25,18 @@ def self_acceptance() -> Acceptance:
     return Acceptance([0.6 + 0.38 * step for step in steps])
 
 
-class SelfDrafter:
-    """Guesses of one generation: a walk of the draft program for each. See `Drafter`."""
+def self_drafter(
+    forward: Forward,
+    vocabulary: int,
+    sampler: Sampler,
+    ends: Collection[int],
+    acceptance: Acceptance,
+    ticket: Ticket,
+) -> ModelDrafter:
+    """The guesses of one generation: a walk of the draft program for each.
 
-    name = "self"
-    is_free = False
-
-    def __init__(
-        self,
-        forward: Forward,
-        vocabulary: int,
-        sampler: Sampler,
-        ends: Collection[int],
-        acceptance: Acceptance,
-        ticket: Ticket,
-    ) -> None:
-        """`ends`: tokens that nothing follows."""
-        self.acceptance = acceptance
-        self._forward = forward
-        self._vocabulary = vocabulary
-        self._sampler = sampler
-        self._ends = ends
-        self._ticket = ticket
-
-    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """As `Drafter.guesses`; the kind is how sure the draw was (`Sampler.guess`).
-
-        Raises `StorageError`, `CancelledError`.
-        """
-        sampler, text = self._sampler.fork(), list(tokens)
-        while True:
-            logits = self._forward.draft(text, self._vocabulary, self._ticket)
-            if logits is None:
-                return
-            try:
-                token, kind = sampler.guess(logits, text)
-            except (InputError, ModelError):  # the full weights may do better, or say so
-                return
-            yield token, kind
-            if token in self._ends:
-                return
-            text.append(token)
+    They raise `StorageError`, `CancelledError`.
+    """
+    return ModelDrafter(
+        NAME, lambda text: forward.draft(text, vocabulary, ticket), sampler, ends, acceptance
+    )

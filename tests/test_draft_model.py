@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 import edgert
-from edgert.draft_model import DraftModel
+from edgert.draft_model import NAME, DraftModel
 from edgert.errors import BudgetError, InputError
 from edgert.forward import Ticket
 from edgert.sampler import Sampler
@@ -22,7 +22,6 @@ from tests.tight import fixed_process, floor_of, tight
 from tests.tiny import TinyModel, build, prompt_of, tiny_model
 
 PROMPT = prompt_of("llama", 20)
-NAME = "draft model"
 HOW: list[dict[str, Any]] = [
     dict(temperature=0),
     dict(temperature=0.8, seed=1),

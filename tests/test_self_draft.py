@@ -20,7 +20,7 @@ from edgert.errors import CancelledError, StorageError
 from edgert.forward import Forward, Ticket
 from edgert.plan import Plan
 from edgert.sampler import SURENESS, Sampler
-from edgert.self_draft import SelfDrafter
+from edgert.self_draft import NAME
 from edgert.speculation import PassCosts
 from edgert.storage.backend import FileBackend
 from edgert.units import KIB
@@ -74,7 +74,7 @@ def by_itself(engine: edgert.Engine) -> tuple[int, int]:
     """Tokens drafted and accepted by the model itself in the last generation."""
     assert engine.last_stats is not None
     drafts = {d.drafter: d for d in engine.last_stats.drafts}
-    own = drafts.get(SelfDrafter.name)
+    own = drafts.get(NAME)
     return (own.drafted_tokens, own.accepted_tokens) if own else (0, 0)
 
 
