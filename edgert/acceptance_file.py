@@ -10,12 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgert.draft_forecast import draft_bits
+from edgert.kept_files import keep_file
 from edgert.kernels_cpu.cache import cache_root
 from edgert.plan import Plan
 from edgert.self_draft import self_acceptance
@@ -52,9 +52,4 @@ def save_acceptance(files: Sequence[Path], plan: Plan, known: dict[bool, Accepta
         return
     plain: dict[str, Any] = {name: known[greedy].state() for name, greedy in _MODES.items()}
     with contextlib.suppress(OSError):
-        path = acceptance_path(files, plan)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(plain, file)
-        os.replace(name, path)
+        keep_file(acceptance_path(files, plan), json.dumps(plain).encode())

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.compiling import machine_parts
+from edgert.kept_files import keep_file, prune_files
 from edgert.kernels_cpu.cache import cache_root
 from edgert.units import MIB
 
@@ -161,13 +161,9 @@ def save_profile(profile: DeviceProfile, files: Sequence[Path]) -> bool:
     text = json.dumps({"version": _VERSION, "profile": profile.to_dict()}, indent=1)
     with contextlib.suppress(OSError):
         path = profile_path(files, profile.threads)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-        _prune(path.parent)
-        return True
+        if keep_file(path, text.encode()):
+            prune_files(path.parent, KEPT_FILES)  # each version of the kernels leaves one behind
+            return True
     return False
 
 
@@ -175,11 +171,3 @@ def note_drift(profile: DeviceProfile, files: Sequence[Path], rate: float) -> No
     """A run streams at `rate`: if that is not what was profiled, the disk is due again."""
     if not profile.disk_drifted and drifted(profile.disk_bytes_per_s, rate):
         save_profile(replace(profile, disk_drifted=True), files)
-
-
-def _prune(folder: Path) -> None:
-    """Keep the newest files: each version of the kernels leaves one behind."""
-    with contextlib.suppress(OSError):
-        ages = sorted(folder.iterdir(), key=lambda path: -path.stat().st_mtime)
-        for path in ages[KEPT_FILES:]:
-            path.unlink(missing_ok=True)

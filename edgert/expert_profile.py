@@ -16,7 +16,6 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import ModelError
+from edgert.kept_files import keep_file, prune_files
 from edgert.kernels_cpu.cache import cache_root
 from edgert.models.spec import ModelSpec
 from edgert.storage.manifest import Manifest
@@ -284,25 +284,8 @@ def save_expert_profile(profile: ExpertProfile) -> bool:
         stream, version=_VERSION, fingerprint=identity.fingerprint, model=identity.model,
         k=identity.k, tokens=profile.tokens, uses=profile.uses, sample=profile.sample, **more,
     )  # fmt: skip
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with open(handle, "wb") as file:
-                file.write(stream.getbuffer())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        if not os.environ.get(ENVIRONMENT):
-            _prune(path.parent)
-        return True
-    return False
-
-
-def _prune(folder: Path) -> None:
-    """Keep the profiles of the models used last."""
-    with contextlib.suppress(OSError):
-        ages = sorted(folder.glob("*.npz"), key=lambda path: -path.stat().st_mtime)
-        for path in ages[KEPT_FILES:]:
-            path.unlink(missing_ok=True)
+    if not keep_file(path, stream.getbuffer()):
+        return False
+    if not os.environ.get(ENVIRONMENT):
+        prune_files(path.parent, KEPT_FILES)  # of models not used lately
+    return True

@@ -31,14 +31,17 @@ class Programs:
 
     full: Program  # all bits of all weights
     draft: Program | None  # what is in memory of them; None where that is not all matrices
-    inner_rows: npt.NDArray[np.int64]  # that `full` refers to
+    inner_rows: tuple[npt.NDArray[np.int64], ...]  # that they refer to: must live as long
 
 
 def build_programs(graph: Graph, weights: Weights) -> Programs:
     """The programs over the weights as their plan places them."""
     full, inner = build_program(graph, weights)
     drafting = weights.for_drafting()
-    return Programs(full, None if drafting is None else build_program(graph, drafting)[0], inner)
+    if drafting is None:
+        return Programs(full, None, (inner,))
+    draft, more = build_program(graph, drafting)
+    return Programs(full, draft, (inner, more))
 
 
 def take_buffers(
