@@ -52,14 +52,10 @@ def process_bytes(opened: Opened, *, measured: bool) -> int:
 
 
 def planner(
-    opened: Opened,
-    options: LoadOptions,
-    process: int,
-    profile: DeviceProfile | None,
-    needs: dict[int, Need] | None = None,
+    opened: Opened, options: LoadOptions, process: int, profile: DeviceProfile | None
 ) -> Callable[[int], Plan]:
-    """A function from a budget in bytes to the plan for these options; `needs` as `plan_memory`."""
-    needs = {} if needs is None else needs
+    """A function from a budget in bytes to the plan for these options; keeps what it measures."""
+    needs: dict[int, Need] = {}
 
     def plan_for(budget: int) -> Plan:
         wanted = PlanOptions(
@@ -117,8 +113,7 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
     `here`: for this process, whose cgroup may have less than was asked for.
     """
     profile = load_profile(opened.manifest.files, options.threads or default_threads())
-    needs: dict[int, Need] = {}
-    plan_for = planner(opened, options, process, profile, needs)
+    plan_for = planner(opened, options, process, profile)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0
@@ -127,7 +122,7 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
         return plan_for(budget)
     budget = within_cgroup(budget)
     plan = plan_for(budget)
-    needs.clear()
+    del plan_for  # and what it keeps
     # What planning leaves in the process counts too: 10 to 20 MiB for packs of 4 and 8 GB.
     held = process_bytes(opened, measured=True)
     if held <= process:
