@@ -28,14 +28,24 @@ from typing import IO
 
 from edgert.kernels_cpu.cache import (
     cache_root,
+    read_stamp,
     sources_digest,
     use_temporary_root,
     writable,
 )
+from edgert.kernels_cpu.compiler import leave_out
+from edgert.kernels_cpu.linking import CAN_LINK
 from edgert.machine import available_bytes, default_threads
 from edgert.units import MIB
 
-__all__ = ["KernelSet", "compile_apart", "is_compiled", "machine_parts"]
+__all__ = [
+    "KernelSet",
+    "can_leave_compiler_out",
+    "compile_apart",
+    "is_compiled",
+    "leave_compiler_out",
+    "machine_parts",
+]
 
 SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
 CHILD_BYTES = 512 * MIB  # of budget or free memory for each child: one holds some 220 MiB
@@ -85,10 +95,34 @@ def _stamp(wanted: KernelSet) -> Path:
 
 def is_compiled(wanted: KernelSet) -> bool:
     """True when the kernels are in the user's cache."""
+    return _ready(wanted) is not None
+
+
+def _ready(wanted: KernelSet) -> tuple[str, ...] | None:
+    """What the kernels in the cache were compiled for; None when they are not all there."""
     with contextlib.suppress(OSError, ValueError):
-        folder = Path(_stamp(wanted).read_text())
-        return folder.is_absolute() and folder.is_dir()
-    return False
+        folder, target = read_stamp(_stamp(wanted))
+        if folder.is_absolute() and folder.is_dir():
+            return target
+    return None
+
+
+def can_leave_compiler_out() -> bool:
+    """True where a process can run without Numba and LLVM once its kernels are compiled.
+
+    Linking must need no LLVM, and a child must be able to compile what is wanted later.
+    """
+    return CAN_LINK and _can_start_python()
+
+
+def leave_compiler_out(wanted: KernelSet) -> None:
+    """Run without Numba and LLVM, if this process can: they hold 60 MiB.
+
+    To be called before the first kernel is imported; in vain where Numba already is.
+    """
+    target = _ready(wanted) if can_leave_compiler_out() else None
+    if target is not None and len(target) == 3:
+        leave_out(target)
 
 
 def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple[str, int, int]]:
@@ -104,7 +138,7 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
         use_temporary_root()
     one_by_one = budget_bytes is not None and budget_bytes < SMALL_BUDGET
     step = 1 if one_by_one else _children(budget_bytes)
-    done, total, folder = 0, 1, ""
+    done, total, note = 0, 1, ""
     while done < total:
         # Every child takes every `step`-th kernel: dear ones stand together.
         firsts = range(done, done + step)
@@ -112,9 +146,9 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
         ended = yield from _round(wanted, [(first, stop, step) for first in firsts])
         if ended is None:
             return
-        folder, total = ended
+        note, total = ended
         done = min(stop, total)
-    _write_stamp(_stamp(wanted), folder)
+    _write_stamp(_stamp(wanted), note)
 
 
 def _children(budget_bytes: int | None) -> int:
@@ -147,7 +181,7 @@ def _round(
 ) -> Generator[tuple[str, int, int], None, tuple[str, int] | None]:
     """Let a child for each part compile, all at once, and yield their progress.
 
-    Returns the cache folder and the number of all kernels, or None when a child failed.
+    Returns the note to keep (`read_stamp`) and the number of all kernels, None if a child failed.
     """
     children: list[subprocess.Popen[str]] = []
     lines: SimpleQueue[str | None] = SimpleQueue()
@@ -191,12 +225,12 @@ def _end(children: Sequence[subprocess.Popen[str]]) -> None:
         child.terminate()
 
 
-def _write_stamp(stamp: Path, folder: str) -> None:
-    """Note where the kernels are."""
-    if not folder or not Path(folder).is_dir():
+def _write_stamp(stamp: Path, note: str) -> None:
+    """Note where the kernels are, and for what CPU."""
+    if not note or not Path(note.partition("\t")[0]).is_dir():
         return
     with contextlib.suppress(OSError):
         handle, name = tempfile.mkstemp(dir=stamp.parent, suffix=".part")
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(folder)
+            file.write(note)
         os.replace(name, stamp)

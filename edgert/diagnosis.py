@@ -88,7 +88,8 @@ def _cpu(problem: _Problem) -> Facts:
     try:
         import llvmlite.binding as llvm
 
-        from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA, target_key
+        from edgert.kernels_cpu.compiler import target_key
+        from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
 
         target = {f[1:] for f in target_key()[2].split(",") if f.startswith("+")}
         host = {name for name, has in llvm.get_host_cpu_features().items() if has}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from edgert.compiling import KernelSet
 from edgert.kernels_cpu import elementwise, moe, rope
 from edgert.kernels_cpu.attention import attention_kernel
+from edgert.kernels_cpu.compiler import target_key
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.matmul import matmul_kernel
 from edgert.kernels_cpu.nested import move_bits_kernel
@@ -56,7 +57,8 @@ def main(arguments: list[str]) -> None:
     first, stop, step = (int(a) for a in arguments[1:4])
     for name, done, total in compile_here(wanted, first, stop, step):
         print(f"{name} {done} {total}", flush=True)
-    print(f"= {cache_folder()} {len(kernels_of(wanted))} {len(kernels_of(wanted))}", flush=True)
+    note, count = "\t".join([str(cache_folder()), *target_key()]), len(kernels_of(wanted))
+    print(f"= {note} {count} {count}", flush=True)
 
 
 if __name__ == "__main__":

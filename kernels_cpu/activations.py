@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import types
 
 from edgert.errors import InputError
+from edgert.kernels_cpu.compiler import types
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.simd import (
     convert_to,

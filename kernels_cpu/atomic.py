@@ -13,10 +13,7 @@ import ctypes
 import sys
 from typing import Any
 
-from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from edgert.kernels_cpu.compiler import cgutils, intrinsic, ir, llvm, types
 
 __all__ = [
     "arg",
@@ -67,7 +64,7 @@ def register_symbols() -> None:
         ("edgert_read", runtime._read),
         ("edgert_write", runtime._write),
     ):
-        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 @intrinsic
@@ -141,7 +138,7 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
     """Tell the core that this is a spin loop (x86 only; nothing elsewhere)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if "86" in binding.get_default_triple().split("-")[0]:
+        if "86" in llvm.get_default_triple().split("-")[0]:
             builder.call(_declare(builder, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
         return context.get_dummy_value()
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_root", "prune", "read_code", "sources_digest", "use_temporary_root", "writable",
+__all__ = ["cache_root", "prune", "read_code", "read_stamp", "sources_digest",
+           "use_temporary_root", "writable",
            "write_code"]  # fmt: skip
 
 KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
@@ -98,6 +99,15 @@ def write_code(path: Path, symbol: str, code: bytes) -> None:
         raise
 
 
+def read_stamp(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Of the note that a set of kernels is complete: their folder and what they were compiled for.
+
+    Raises OSError, ValueError.
+    """
+    folder, *target = path.read_text(encoding="utf-8").split("\t")
+    return Path(folder), tuple(target)
+
+
 def prune(root: Path, keep: Path) -> None:
     """Delete old caches but the newest, and what nothing needs any more: the size stays bounded.
 
@@ -110,7 +120,7 @@ def prune(root: Path, keep: Path) -> None:
             if ages[folder] > KEPT_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
         for path in root.glob("ready-*"):
-            if not Path(path.read_text()).is_dir():
+            if not read_stamp(path)[0].is_dir():
                 path.unlink(missing_ok=True)
         for path in root.rglob("*.part"):  # of a process that was killed while it wrote
             if ages.get(path.parent, ages.get(path, 0.0)) > KEPT_SECONDS:

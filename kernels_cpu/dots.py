@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-
+from edgert.kernels_cpu.compiler import ir
 from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
 from edgert.kernels_cpu.vectors import I32, Vec, constant, declare, vec
 

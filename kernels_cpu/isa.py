@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from numba.core.registry import cpu_target
+from edgert.kernels_cpu.compiler import target_key
 
-__all__ = ["AVX2", "AVX512_VNNI", "ISA", "PORTABLE", "Isa", "detect", "target_key"]
+__all__ = ["AVX2", "AVX512_VNNI", "ISA", "PORTABLE", "Isa", "detect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,6 @@ def detect(features: str | None = None) -> Isa:
         features = target_key()[2]
     present = {f[1:] for f in features.split(",") if f.startswith("+")}
     return next(isa for isa in (AVX512_VNNI, AVX2, PORTABLE) if isa.needs <= present)
-
-
-def target_key() -> tuple[str, str, str]:
-    """(triple, CPU name, features) of the machine code Numba makes in this process."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    return str(triple), str(cpu), str(features)
 
 
 ISA = detect()

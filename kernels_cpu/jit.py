@@ -3,8 +3,8 @@
 Machine code is kept in the user's cache folder (cache.py) under a key made of the text of all
 kernel sources, Numba's version and the CPU features. Numba's own cache is not used: it does not
 notice edits in imported modules, cannot read a folder that it may not write to, and prepares the
-whole compiler before it loads the first function (0.1 s). A kernel's object code needs none of
-that: it is linked by LLVM alone.
+whole compiler before it loads the first function. Object code needs no compiler: linking.py puts
+it into memory, and a process can leave the compiler out (compiler.py).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib
+import importlib.metadata
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
-import llvmlite.binding as llvm
-import numba
-from numba.core.typing.ctypes_utils import to_ctypes
-
+from edgert.errors import EdgertError
 from edgert.kernels_cpu.cache import (
     KEY_LENGTH,
     cache_root,
@@ -34,21 +34,24 @@ from edgert.kernels_cpu.cache import (
     writable,
     write_code,
 )
-from edgert.kernels_cpu.isa import target_key
+from edgert.kernels_cpu.compiler import left_out, llvm, numba, target_key
+from edgert.kernels_cpu.linking import CAN_LINK, link
 
-__all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "inline", "kernel", "void"]
+__all__ = ["JIT", "Kernel", "cache_folder", "cache_key", "compile_one", "inline", "kernel", "void"]
 
 JIT = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
 _LOCK = threading.RLock()  # one thread compiles or links at a time
 _F = TypeVar("_F", bound=Callable[..., Any])
-_TYPES = {"i": numba.types.int64, "f": numba.types.float32}
+_C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 _PACKAGE = Path(__file__).parent
+_COMPILE = "import sys; from edgert.kernels_cpu.jit import compile_one; compile_one(*sys.argv[1:])"
 
 
 def cache_key(folder: Path | None = None) -> str:
     """20 hex digits that change when any kernel source in `folder`, Numba or the CPU changes."""
     digest = hashlib.sha256(sources_digest(folder).encode())
-    for part in (numba.__version__, llvmlite.__version__, *target_key()):
+    versions = (importlib.metadata.version(name) for name in ("numba", "llvmlite"))
+    for part in (*versions, *target_key()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:KEY_LENGTH]
 
@@ -82,6 +85,8 @@ def _engine() -> Any:
 
 def _link(symbol: str, code: bytes) -> int:
     """The address of `symbol` in object code, once that is in memory and executable."""
+    if CAN_LINK:
+        return link(code, symbol)
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -93,6 +98,8 @@ def inline(function: _F) -> _F:
 
     It cannot be called from Python.
     """
+    if left_out():
+        return function
     dispatcher = numba.njit(
         forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **JIT
     )(function)
@@ -149,7 +156,7 @@ class Kernel:
     with the GIL released. Nothing is compiled, or read from the cache, before the first of these.
     """
 
-    def __init__(self, function: Callable[..., None], signature: Any) -> None:
+    def __init__(self, function: Callable[..., None], signature: str) -> None:
         self.py_func = function
         self.name = function.__name__.strip("_").removesuffix("_kernel")
         self.signature = signature
@@ -162,8 +169,10 @@ class Kernel:
         if not self._address:
             with _LOCK:
                 if not self._address:
-                    address = self._load() or self._compile()
-                    types = [to_ctypes(kind) for kind in self.signature.args]
+                    address = self._load() or (
+                        self._compile_apart() if left_out() else self._compile()
+                    )
+                    types = [_C_TYPES[letter] for letter in self.signature]
                     self._call = ctypes.CFUNCTYPE(None, *types)(address)
                     self._address = address
         return self
@@ -191,9 +200,36 @@ class Kernel:
         _in_use(path.parent)
         return _link(*found)
 
+    def _compile_apart(self) -> int:
+        """Let a child process fill the cache, since this one has no compiler; the code's address.
+
+        Raises `EdgertError` where no child can do it.
+        """
+        if not writable(cache_root()):
+            use_temporary_root()
+        source = str(Path(str(sys.modules["edgert"].__file__)).parents[1])
+        paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        settings = {"NUMBA_CACHE_DIR": str(cache_root().parent), "PYTHONPATH": paths}
+        command = [sys.executable, "-P", "-c", _COMPILE, self.py_func.__module__, self._file_name()]
+        try:
+            child = subprocess.run(
+                command, env=os.environ | settings, capture_output=True, text=True, check=False
+            )
+            address, why = self._load(), child.stderr.strip().rpartition("\n")[2]
+        except OSError as error:
+            address, why = 0, str(error)
+        if not address:
+            raise EdgertError(
+                f"the kernel {self.name} is not in the cache {cache_root()}, and no child process "
+                f"could compile it ({why}); run edgert warmup"
+            )
+        return address
+
     def _compile(self) -> int:
         """Compile, keep the code, and give its address."""
-        self._compiled = numba.cfunc(self.signature, **JIT)(self.py_func)
+        kinds = {"i": numba.types.int64, "f": numba.types.float32}
+        signature = numba.types.void(*(kinds[letter] for letter in self.signature))
+        self._compiled = numba.cfunc(signature, **JIT)(self.py_func)
         _, _, (code, _) = self._compiled._library.serialize_using_object_code()
         with contextlib.suppress(OSError):
             name = self._file_name()
@@ -222,11 +258,19 @@ class Kernel:
         return f"Kernel({self.name})"
 
 
-def void(letters: str) -> Any:
+def void(letters: str) -> str:
     """The signature void(...) with one letter for each argument: i int64 or address, f float32."""
-    return numba.types.void(*(_TYPES[letter] for letter in letters))
+    assert set(letters) <= set(_C_TYPES), letters
+    return letters
 
 
-def kernel(signature: Any) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorator: `@kernel(void("iiif"))`, or any Numba signature, makes a `Kernel`."""
+def kernel(signature: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator: `@kernel(void("iiif"))` makes a `Kernel`."""
     return lambda function: Kernel(function, signature)
+
+
+def compile_one(module: str, file_name: str) -> None:
+    """Compile the kernel of `module` that is kept under this name: for a process without Numba."""
+    for found in vars(importlib.import_module(module)).values():
+        if isinstance(found, Kernel) and found._file_name() == file_name:
+            found.compile()

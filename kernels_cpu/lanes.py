@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
+from edgert.kernels_cpu.compiler import intrinsic, ir, types
 from edgert.kernels_cpu.dots import constant_like, join, pair_half, split
 from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA, PORTABLE
 from edgert.kernels_cpu.vectors import (

@@ -30,12 +30,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
 
 from edgert.kernels_cpu import dots
 from edgert.kernels_cpu.activations import BLOCK, BLOCK_BYTES, RECORD
-from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA, target_key
+from edgert.kernels_cpu.compiler import ir, target_key, types
+from edgert.kernels_cpu.isa import AVX2, AVX512_VNNI, ISA
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.lanes import prefetch_lines
 from edgert.kernels_cpu.simd import (

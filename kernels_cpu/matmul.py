@@ -21,7 +21,8 @@ from edgert.kernels_cpu import (
     matmul_k32,
     matmul_planes,
 )
-from edgert.kernels_cpu.isa import ISA, target_key
+from edgert.kernels_cpu.compiler import target_key
+from edgert.kernels_cpu.isa import ISA
 from edgert.kernels_cpu.jit import Kernel, cache_folder
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_count
 from edgert.kernels_cpu.matmul_ref import QUANTIZED_INPUT, matmul_ref

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import types
 
 from edgert.errors import InputError
+from edgert.kernels_cpu.compiler import types
 from edgert.kernels_cpu.jit import kernel, void
 from edgert.kernels_cpu.simd import const_of, ld_i64, loader, stack_buffer, storer, vor
 from edgert.kernels_cpu.vectors import I32, operation, splat, vec

@@ -31,12 +31,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic, models, register_model
-
 from edgert.kernels_cpu import dots
+from edgert.kernels_cpu.compiler import cpu_target, intrinsic, ir, models, register_model, types
 from edgert.kernels_cpu.lanes import LANES
 from edgert.kernels_cpu.vectors import (
     I32,

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-
+from edgert.kernels_cpu.compiler import ir, types
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.repack_expand import WORDS, expand, ld_words, st_words
 from edgert.kernels_cpu.simd import (

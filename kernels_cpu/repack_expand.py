@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-
+from edgert.kernels_cpu.compiler import ir, types
 from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.simd import bitcast_to, const_of, shuffle_of, storer, vec, vor, vsub
 from edgert.kernels_cpu.vectors import I32, constant, load, operation

@@ -14,10 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
+from edgert.kernels_cpu.compiler import intrinsic, ir, types
 from edgert.kernels_cpu.vectors import (
     I32,
     LLVM,

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from edgert.kernels_cpu.compiler import cgutils, intrinsic, ir, models, register_model, types
 
 __all__ = [
     "Emit", "I32", "LLVM", "SCALAR", "Vec", "constant", "declare", "emit_prefetch",

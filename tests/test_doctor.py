@@ -13,7 +13,8 @@ import pytest
 import edgert as library
 from edgert import diagnosis, machine
 from edgert.cli.doctor import _profile_lines
-from edgert.kernels_cpu.isa import ISA, target_key
+from edgert.kernels_cpu.compiler import target_key
+from edgert.kernels_cpu.isa import ISA
 from edgert.units import MIB
 from tests.command import edgert, inside
 from tests.device import PROFILE
