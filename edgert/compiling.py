@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,29 +26,24 @@ from typing import IO
 
 from edgert.kernels_cpu.cache import (
     cache_root,
-    read_stamp,
-    sources_digest,
+    can_start_python,
+    machine_parts,
+    read_note,
+    target_note,
     use_temporary_root,
     writable,
 )
-from edgert.kernels_cpu.compiler import leave_out
-from edgert.kernels_cpu.linking import CAN_LINK
 from edgert.machine import available_bytes, default_threads
 from edgert.units import MIB
 
-__all__ = [
-    "KernelSet",
-    "can_leave_compiler_out",
-    "compile_apart",
-    "is_compiled",
-    "leave_compiler_out",
-    "machine_parts",
-]
+__all__ = ["KernelSet", "compile_apart", "is_compiled"]
 
 SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
 CHILD_BYTES = 512 * MIB  # of budget or free memory for each child: one holds some 220 MiB
 MOST_CHILDREN = 4  # a model needs about a dozen kernels
 _ALL = 2**20
+# With Numba first, so that no stand-in takes its place (kernels_cpu/compiler.py).
+_CHILD = "import sys, numba; from edgert.kernels import main; main(sys.argv[1:])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +64,6 @@ class KernelSet:
         return cls(tuple(formats), kv, kind == "moe")
 
 
-def _cpu() -> str:
-    """What tells CPUs apart for compiled code."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor()
-
-
-def machine_parts() -> list[str]:
-    """What compiled code depends on: sources, compiler, CPU and Python."""
-    parts = [sources_digest(), _cpu(), platform.machine(), platform.python_version()]
-    parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
-    return parts + [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
-
-
 def _stamp(wanted: KernelSet) -> Path:
     """The file that says a set is compiled."""
     key = hashlib.sha256("\0".join([*machine_parts(), str(wanted)]).encode()).hexdigest()[:20]
@@ -95,34 +72,8 @@ def _stamp(wanted: KernelSet) -> Path:
 
 def is_compiled(wanted: KernelSet) -> bool:
     """True when the kernels are in the user's cache."""
-    return _ready(wanted) is not None
-
-
-def _ready(wanted: KernelSet) -> tuple[str, ...] | None:
-    """What the kernels in the cache were compiled for; None when they are not all there."""
-    with contextlib.suppress(OSError, ValueError):
-        folder, target = read_stamp(_stamp(wanted))
-        if folder.is_absolute() and folder.is_dir():
-            return target
-    return None
-
-
-def can_leave_compiler_out() -> bool:
-    """True where a process can run without Numba and LLVM once its kernels are compiled.
-
-    Linking must need no LLVM, and a child must be able to compile what is wanted later.
-    """
-    return CAN_LINK and _can_start_python()
-
-
-def leave_compiler_out(wanted: KernelSet) -> None:
-    """Run without Numba and LLVM, if this process can: they hold 60 MiB.
-
-    To be called before the first kernel is imported; in vain where Numba already is.
-    """
-    target = _ready(wanted) if can_leave_compiler_out() else None
-    if target is not None and len(target) == 3:
-        leave_out(target)
+    note = read_note(_stamp(wanted))
+    return note is not None and note.folder.is_absolute() and note.folder.is_dir()
 
 
 def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple[str, int, int]]:
@@ -132,7 +83,7 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
     Never fails: what no child can do (no process can be started) is left to this process, whose
     memory is then measured with the compiler in it.
     """
-    if is_compiled(wanted) or not _can_start_python():
+    if is_compiled(wanted) or not can_start_python():
         return
     if not writable(cache_root()):
         use_temporary_root()
@@ -148,7 +99,8 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
             return
         note, total = ended
         done = min(stop, total)
-    _write_stamp(_stamp(wanted), note)
+    for path in (_stamp(wanted), target_note()):
+        _keep_note(path, note)
 
 
 def _children(budget_bytes: int | None) -> int:
@@ -157,17 +109,11 @@ def _children(budget_bytes: int | None) -> int:
     return max(1, min(default_threads(), MOST_CHILDREN, room // CHILD_BYTES))
 
 
-def _can_start_python() -> bool:
-    """False inside a frozen application, whose executable is not an interpreter."""
-    name = Path(sys.executable or "").name.lower()
-    return "python" in name and not getattr(sys, "frozen", False)
-
-
 _Part = tuple[int, int, int]  # first, stop, step: numbers of the kernels that a child compiles
 
 
 def _start(wanted: KernelSet, part: _Part) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "edgert.kernels", str(wanted), *map(str, part)]
+    command = [sys.executable, "-P", "-c", _CHILD, str(wanted), *map(str, part)]
     source = str(Path(__file__).parents[1])
     paths = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH", "")) if p)
     return subprocess.Popen(
@@ -181,7 +127,7 @@ def _round(
 ) -> Generator[tuple[str, int, int], None, tuple[str, int] | None]:
     """Let a child for each part compile, all at once, and yield their progress.
 
-    Returns the note to keep (`read_stamp`) and the number of all kernels, None if a child failed.
+    Returns the note to keep (`read_note`) and the number of all kernels, None if a child failed.
     """
     children: list[subprocess.Popen[str]] = []
     lines: SimpleQueue[str | None] = SimpleQueue()
@@ -225,12 +171,12 @@ def _end(children: Sequence[subprocess.Popen[str]]) -> None:
         child.terminate()
 
 
-def _write_stamp(stamp: Path, note: str) -> None:
+def _keep_note(path: Path, note: str) -> None:
     """Note where the kernels are, and for what CPU."""
     if not note or not Path(note.partition("\t")[0]).is_dir():
         return
     with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=stamp.parent, suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
         with open(handle, "w", encoding="utf-8") as file:
             file.write(note)
-        os.replace(name, stamp)
+        os.replace(name, path)

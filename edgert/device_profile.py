@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgert.compiling import machine_parts
 from edgert.kept_files import keep_file, prune_files
-from edgert.kernels_cpu.cache import cache_root
+from edgert.kernels_cpu.cache import cache_root, machine_parts
 from edgert.units import MIB
 
 __all__ = [

@@ -1,13 +1,10 @@
-"""Which kernels a model needs, and compiling them. Run as a program it compiles and exits.
+"""Which kernels a model needs, and compiling them, also as the whole work of a child process.
 
-Owns: the list. Must not know budgets. `python -m edgert.kernels SET FIRST STOP STEP` compiles
-every STEP-th kernel from FIRST to STOP of a `KernelSet` into the user's cache, one line of progress
-each.
+Owns: the list. Must not know budgets.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 from edgert.compiling import KernelSet
@@ -21,7 +18,7 @@ from edgert.kernels_cpu.repack import repack_blocks
 from edgert.kernels_cpu.team import begin_walk_kernel, serve_kernel
 from edgert.quant.formats import FORMATS, BaseFormat
 
-__all__ = ["compile_here", "kernels_of"]
+__all__ = ["compile_here", "kernels_of", "main"]
 
 
 def kernels_of(wanted: KernelSet) -> list[Kernel]:
@@ -52,14 +49,13 @@ def compile_here(
 
 
 def main(arguments: list[str]) -> None:
-    """Compile part of a set for a parent process, which reads the lines."""
+    """Compile part of a set into the user's cache for a parent process, which reads the lines.
+
+    `arguments`: SET FIRST STOP STEP, for every STEP-th kernel from FIRST to STOP of a `KernelSet`.
+    """
     wanted = KernelSet.parse(arguments[0])
     first, stop, step = (int(a) for a in arguments[1:4])
     for name, done, total in compile_here(wanted, first, stop, step):
         print(f"{name} {done} {total}", flush=True)
     note, count = "\t".join([str(cache_folder()), *target_key()]), len(kernels_of(wanted))
     print(f"= {note} {count} {count}", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

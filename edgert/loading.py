@@ -12,11 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from edgert.budget import resolve_budget, within_cgroup
-from edgert.compiling import can_leave_compiler_out
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile, load_profile
 from edgert.errors import BudgetError, InputError, ModelError, UnsupportedError
-from edgert.kernels_cpu.compiler import left_out
+from edgert.kernels_cpu.compiler import can_be_left_out, left_out
 from edgert.machine import (
     available_bytes,
     default_threads,
@@ -47,7 +46,7 @@ def process_bytes(opened: Opened, *, measured: bool) -> int:
     Engines that are open already are part of it, with all that they may use.
     """
     expected = PROCESS_BYTES + TOKEN_BYTES * opened.spec.vocab_size
-    if not (left_out() if measured else can_leave_compiler_out()):
+    if not (left_out() if measured else can_be_left_out()):
         expected += COMPILER_BYTES
     if measured:
         trim_heap()

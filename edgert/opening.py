@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgert.compiling import KernelSet, compile_apart, is_compiled, leave_compiler_out
+from edgert.compiling import KernelSet, compile_apart, is_compiled
 from edgert.config import LoadOptions
 from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.kernels_cpu.cache import cache_root, writable
@@ -135,7 +135,6 @@ def load(
     for name, done, total in compile_apart(wanted, _bytes_of(memory_budget)):
         if on_progress:
             on_progress(f"compile {name}", done, total)
-    leave_compiler_out(wanted)
 
     from edgert.engine import Engine
     from edgert.kernels import compile_here
@@ -181,11 +180,9 @@ def plan_model(path: str | Path | None = None, **options: Any) -> Plan:
 
     Takes the options of `load` that decide a plan, and raises as `load` does.
     """
-    opened = open_model(path)
-    leave_compiler_out(opened.kernel_set(str(options.get("kv_cache_type", "f16"))))
-
     from edgert.loading import at_quality, make_plan, process_bytes
 
+    opened = open_model(path)
     process = process_bytes(opened, measured=False)
     opened, chosen = at_quality(opened, LoadOptions(**options), process)
     return make_plan(opened, chosen, process)

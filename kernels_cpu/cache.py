@@ -6,6 +6,7 @@ Must not know how kernels are compiled.
     root/                  the user's cache folder, or a temporary one where that cannot be written
     root/KEY/NAME.code     a kernel: digest, symbol, object code
     root/ready-...         a set of kernels is complete (edgert/compiling.py)
+    root/target-...        what kernels are compiled for here, for processes without a compiler
 
 A file appears under its name only when it is complete, and is believed only when its digest fits:
 processes that compile at once write the same, and a damaged file is compiled anew.
@@ -16,17 +17,22 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import importlib.metadata
 import os
+import platform
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import platformdirs
 
-__all__ = ["cache_root", "prune", "read_code", "read_stamp", "sources_digest",
-           "use_temporary_root", "writable",
-           "write_code"]  # fmt: skip
+__all__ = [
+    "Note", "cache_root", "can_start_python", "machine_parts", "prune", "read_code", "read_note",
+    "sources_digest", "target_note", "use_temporary_root", "writable", "write_code",
+]  # fmt: skip
 
 KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
 KEPT_SECONDS = 86_400  # a younger one may be in use by another process
@@ -99,13 +105,47 @@ def write_code(path: Path, symbol: str, code: bytes) -> None:
         raise
 
 
-def read_stamp(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """Of the note that a set of kernels is complete: their folder and what they were compiled for.
+class Note(NamedTuple):
+    """What a small file beside the folders says: kernels are in `folder`, made for `target`."""
 
-    Raises OSError, ValueError.
-    """
-    folder, *target = path.read_text(encoding="utf-8").split("\t")
-    return Path(folder), tuple(target)
+    folder: Path
+    target: tuple[str, ...]  # triple, CPU name, features
+
+
+def read_note(path: Path) -> Note | None:
+    """The note, or None when there is no sound one."""
+    with contextlib.suppress(OSError, ValueError):
+        folder, *target = path.read_text(encoding="utf-8").split("\t")
+        return Note(Path(folder), tuple(target))
+    return None
+
+
+def target_note() -> Path:
+    """The note that any set of kernels leaves for this machine, sources, compiler and Python."""
+    digest = hashlib.sha256("\0".join(machine_parts()).encode())
+    return cache_root() / f"target-{digest.hexdigest()[:KEY_LENGTH]}"
+
+
+def machine_parts() -> list[str]:
+    """What compiled code depends on: sources, compiler, CPU and Python."""
+    parts = [sources_digest(), _cpu(), platform.machine(), platform.python_version()]
+    parts += [importlib.metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
+    return parts + [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+
+
+def _cpu() -> str:
+    """What tells CPUs apart for compiled code."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def can_start_python() -> bool:
+    """False inside a frozen application, whose executable is not an interpreter."""
+    name = Path(sys.executable or "").name.lower()
+    return "python" in name and not getattr(sys, "frozen", False)
 
 
 def prune(root: Path, keep: Path) -> None:
@@ -119,8 +159,9 @@ def prune(root: Path, keep: Path) -> None:
         for folder in folders[KEPT_FOLDERS - 1 :]:
             if ages[folder] > KEPT_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
-        for path in root.glob("ready-*"):
-            if not read_stamp(path)[0].is_dir():
+        for path in (*root.glob("ready-*"), *root.glob("target-*")):
+            note = read_note(path)
+            if note is None or not note.folder.is_dir():
                 path.unlink(missing_ok=True)
         for path in root.rglob("*.part"):  # of a process that was killed while it wrote
             if ages.get(path.parent, ages.get(path, 0.0)) > KEPT_SECONDS:

@@ -2,10 +2,10 @@
 
 Owns: whether this process has a compiler. Must not know what is compiled.
 
-A process that finds its kernels compiled needs none: Numba and LLVM hold some 60 MiB of every
-memory budget. `leave_out`, before the first kernel module is imported, gives those modules a
-stand-in instead: decorators, types and instructions then mean nothing, and machine code comes from
-the cache alone (jit.py), which child processes fill (edgert/compiling.py).
+A process that finds kernels compiled needs none: Numba and LLVM hold some 60 MiB of every memory
+budget. It gets a stand-in, in which decorators, types and instructions mean nothing, and machine
+code comes from the cache alone (jit.py), which child processes fill (edgert/compiling.py). Import
+Numba before edgert to have it here.
 
     from edgert.kernels_cpu.compiler import intrinsic, ir, types
 """
@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import cache
 from typing import Any
 
-__all__ = ["Target", "leave_out", "left_out", "target_key"]
+from edgert.kernels_cpu.cache import can_start_python, read_note, target_note
+from edgert.kernels_cpu.linking import CAN_LINK
+
+__all__ = ["Target", "can_be_left_out", "left_out", "target_key"]
 
 Target = tuple[str, str, str]  # triple, CPU name, features of the code that is compiled
 
@@ -31,7 +35,6 @@ _PARTS = {  # name here -> module, and its attribute where it is not the module 
     "register_model": ("numba.extending", "register_model"),
     "types": ("numba.core.types", ""),
 }
-_left_out: list[Target] = []  # the target of the cache, once there is no compiler
 
 
 class _Kind(type):
@@ -56,33 +59,43 @@ class Absent(metaclass=_Kind):
         return Absent
 
 
-def leave_out(compiled_for: Target) -> bool:
-    """Do without a compiler: kernels are those of the cache, which were compiled for this target.
+def can_be_left_out() -> bool:
+    """True where a process runs without the compiler once there are kernels.
 
-    False when it is too late: Numba is in this process already.
+    Linking must need no LLVM, Numba not be here already, and a child be able to compile what is
+    wanted later.
     """
-    if not _left_out and "numba" not in sys.modules:
-        _left_out.append(compiled_for)
-    return left_out()
+    return CAN_LINK and can_start_python() and "numba" not in sys.modules
 
 
 def left_out() -> bool:
-    """True when this process has no compiler and never will."""
-    return bool(_left_out)
+    """True when this process has no compiler and never will. Decided when it is first asked."""
+    return _compiled_for() is not None
 
 
 def target_key() -> Target:
     """(triple, CPU name, features) of the kernels' machine code: those of Numba's target."""
-    if _left_out:
-        return _left_out[0]
-    triple, cpu, features = __getattr__("cpu_target").target_context.codegen().magic_tuple()
-    return str(triple), str(cpu), str(features)
+    found = _compiled_for()
+    if found is None:
+        found = __getattr__("cpu_target").target_context.codegen().magic_tuple()
+    triple, cpu, features = map(str, found)
+    return triple, cpu, features
+
+
+@cache
+def _compiled_for() -> Target | None:
+    """The target of the cache, where that is enough; None: Numba is to be imported."""
+    note = read_note(target_note()) if can_be_left_out() else None
+    if note is None or len(note.target) != 3 or not note.folder.is_dir():
+        return None
+    triple, cpu, features = note.target
+    return triple, cpu, features
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _left_out:
+    if left_out():
         return Absent
     module, attribute = _PARTS[name]
     found = importlib.import_module(module)

@@ -44,7 +44,9 @@ _LOCK = threading.RLock()  # one thread compiles or links at a time
 _F = TypeVar("_F", bound=Callable[..., Any])
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 _PACKAGE = Path(__file__).parent
-_COMPILE = "import sys; from edgert.kernels_cpu.jit import compile_one; compile_one(*sys.argv[1:])"
+_COMPILE = (
+    "import sys, numba; from edgert.kernels_cpu.jit import compile_one as c; c(*sys.argv[1:])"
+)
 
 
 def cache_key(folder: Path | None = None) -> str:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numba  # noqa: F401  (first, so that tests can compile: kernels_cpu/compiler.py)
 import numpy as np
 import pytest
 

@@ -15,11 +15,11 @@ from edgert.kernels_cpu import compiler, jit, linking
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not linking.CAN_LINK, reason="this system lets LLVM link")
 
-# Everything a process could import, in one that has left the compiler out.
+# A process that has left the compiler out, whatever the cache holds.
 LEAVE_OUT = f"""
 import sys
 from edgert.kernels_cpu import compiler
-assert compiler.leave_out({compiler.target_key()!r})
+compiler._compiled_for = lambda: {compiler.target_key()!r}
 """
 
 
@@ -73,14 +73,22 @@ def test_the_same_tokens_in_less_memory() -> None:
     assert int(process) < int(with_it[2]) - 40, "LLVM and Numba hold more than 40 MiB"
 
 
-def test_it_is_too_late_once_numba_is_there() -> None:
-    code = """
-import numba
-from edgert.kernels_cpu import compiler, isa
-assert not compiler.leave_out(("", "", "")) and not compiler.left_out()
-assert compiler.target_key()[0]
-"""
-    run(code)
+def test_what_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Numba is left out where a note says for what kernels are compiled, and nothing needs it."""
+    note = tmp_path / "note"
+    monkeypatch.setattr(compiler, "target_note", lambda: note)
+    decide = compiler._compiled_for.__wrapped__
+    assert decide() is None, "Numba is in this process"
+    monkeypatch.delitem(sys.modules, "numba")
+    assert decide() is None, "nothing was compiled"
+    note.write_text(f"{tmp_path}\ttriple\tcpu\t+one,-two")
+    assert decide() == ("triple", "cpu", "+one,-two")
+    for damaged in ("", f"{tmp_path}\ttriple", f"{tmp_path}/gone\ta\tb\tc"):
+        note.write_text(damaged)
+        assert decide() is None
+    note.write_text(f"{tmp_path}\ttriple\tcpu\t+one,-two")
+    monkeypatch.setattr(compiler, "can_start_python", lambda: False)
+    assert decide() is None, "nothing could be compiled later"
 
 
 WANTED = """
