@@ -23,7 +23,7 @@ from edgert.device_profile import (
     save_profile,
 )
 from edgert.errors import StorageError
-from edgert.kernels_cpu import cache
+from edgert.kernels_cpu import cache as kernel_cache
 from edgert.opening import open_model
 from edgert.storage.backend import FileBackend
 from edgert.units import KIB, MIB
@@ -88,7 +88,7 @@ def test_other_kernels_or_another_disk_have_a_profile_of_their_own(
 ) -> None:
     here = profile_path(files, 2)
     assert profile_path([Path("/proc/self/status")], 2) != here
-    monkeypatch.setattr(cache, "sources_digest", lambda: "other sources")
+    monkeypatch.setattr(kernel_cache, "sources_digest", lambda: "other sources")
     assert profile_path(files, 2) != here
 
 
