@@ -14,7 +14,6 @@ found or results stored (`matmul_drive`), nor who reads the parts. Layout of par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
