@@ -53,15 +53,18 @@ class KernelSet:
     formats: tuple[str, ...]
     kv_cache_type: str
     experts: bool
+    splits: tuple[str, ...] = ()  # of nested matrices: bits of a base and of the parts beside it
 
     def __str__(self) -> str:
-        return ",".join([self.kv_cache_type, "moe" if self.experts else "dense", *self.formats])
+        kind = "moe" if self.experts else "dense"
+        return ",".join([self.kv_cache_type, kind, *self.formats, *self.splits])
 
     @classmethod
     def parse(cls, text: str) -> KernelSet:
         """The inverse of `str`."""
-        kv, kind, *formats = text.split(",")
-        return cls(tuple(formats), kv, kind == "moe")
+        kv, kind, *names = text.split(",")
+        formats, splits = (tuple(n for n in names if ("+" in n) == has) for has in (False, True))
+        return cls(formats, kv, kind == "moe", splits)
 
 
 def _stamp(wanted: KernelSet) -> Path:

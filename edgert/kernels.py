@@ -12,7 +12,7 @@ from edgert.kernels_cpu import elementwise, moe, rope
 from edgert.kernels_cpu.attention import attention_kernel
 from edgert.kernels_cpu.compiler import target_key
 from edgert.kernels_cpu.jit import Kernel, cache_folder
-from edgert.kernels_cpu.matmul import matmul_kernel
+from edgert.kernels_cpu.matmul import matmul_kernel, takes_parts
 from edgert.kernels_cpu.nested import move_bits_kernel
 from edgert.kernels_cpu.repack import repack_blocks
 from edgert.kernels_cpu.team import begin_walk_kernel, serve_kernel
@@ -35,6 +35,11 @@ def kernels_of(wanted: KernelSet) -> list[Kernel]:
         found.append(matmul_kernel(FORMATS[name]))
         if isinstance(FORMATS[name], BaseFormat):
             found.append(move_bits_kernel)
+    for split in wanted.splits:
+        name, bits = split.split(":")
+        parts = [int(b) for b in bits.split("+")]
+        if takes_parts(FORMATS[name], parts):
+            found.append(matmul_kernel(FORMATS[name], parts))
     return list(dict.fromkeys(found))
 
 

@@ -57,7 +57,12 @@ class Opened:
         }
         formats |= {BASES[b] for t in self.manifest.tensors.values() for b in t.base_bits}
         names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
-        return KernelSet(names, kv_cache_type, self.spec.is_moe)
+        splits = {
+            f"{t.format.name}:{'+'.join(map(str, t.split(b)))}"
+            for t in self.manifest.tensors.values()
+            for b in t.base_bits
+        }
+        return KernelSet(names, kv_cache_type, self.spec.is_moe, tuple(sorted(splits)))
 
 
 def read_manifest(path: str | Path) -> Manifest:

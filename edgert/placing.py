@@ -18,7 +18,9 @@ from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
 from edgert.quant.formats import BaseFormat
 from edgert.storage.manifest import Manifest, TensorEntry
 
-__all__ = ["place_base", "place_part", "place_refined", "place_rows", "split_parts"]
+__all__ = [
+    "place_addresses", "place_base", "place_part", "place_refined", "place_rows", "split_parts",
+]  # fmt: skip
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -57,6 +59,11 @@ def place_refined(
     """
     rest = _parts(entry, entry.base_parts(bits), raw)
     move_bits(_blocks(entry, n_rows), [Part(base, 8 - bits, bits), *rest], [Part(out, 0, 8)])
+
+
+def place_addresses(base: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
+    """Write to `out` what `matmul_refined` takes: the address of a base, and those of `raw`."""
+    out.view(np.int64)[:] = [base, *(part.ctypes.data for part in raw)]
 
 
 def split_parts(

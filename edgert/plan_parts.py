@@ -39,6 +39,7 @@ __all__ = [
     "spread_evenly",
 ]
 
+_ADDRESS_BYTES = 64  # of a tile that is computed from its parts
 LOGITS_BYTES = 4 * MIB  # most that the logits of one pass may take
 
 
@@ -173,13 +174,19 @@ def need_of(
         tile_bytes=sum(t.nbytes for t in tiles),
         weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
-        slot_bytes=align_up(max(t.nbytes for t in tiles), ALIGNMENT),
+        slot_bytes=align_up(max(_slot_bytes(t) for t in tiles), ALIGNMENT),
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
         row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
         embedding_bytes=align_up(embedding.extent.nbytes, 64),
         expert_slot_bytes=expert_slot, expert_bytes=max(raw, default=0),
         weight_bytes=manifest.tensor_bytes,
     )  # fmt: skip
+
+
+def _slot_bytes(tile: TilePlan) -> int:
+    """What a tile may need of a slot: put together, or what is read beside a base as it is."""
+    beside = [tile.extents[base.parts :] for base in tile.bases]
+    return max([tile.nbytes, *(parts_bytes(e, ALIGNMENT) + _ADDRESS_BYTES for e in beside)])
 
 
 def _formats(manifest: Manifest) -> set[QuantFormat]:

@@ -12,18 +12,23 @@ import numpy.typing as npt
 
 from edgert.elastic import Unit, units_of
 from edgert.kernels_cpu.layout import TILE_ROWS, tile_bytes
+from edgert.kernels_cpu.matmul import takes_parts
 from edgert.kernels_cpu.program import Experts, Matrix, Segment
 from edgert.models.graph import WeightSource
-from edgert.placing import place_base, place_refined, place_rows
+from edgert.placing import place_addresses, place_base, place_refined, place_rows
 from edgert.plan import Plan
 from edgert.plan_parts import TilePlan
 from edgert.quant.formats import BASES, QuantFormat
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.reader import parts_bytes
+from edgert.storage.streamer import Tile
 from edgert.timeline import Span, place_in_file
+from edgert.units import align_up
 
 __all__ = ["DraftWeights", "TileMemory"]
 
 _Bytes = npt.NDArray[np.uint8]
+_ADDRESS_BYTES = 8
 
 
 class TileMemory:
@@ -72,13 +77,23 @@ class TileMemory:
     def place_streamed(self, tile: TilePlan, raw: Sequence[_Bytes], slot: _Bytes) -> None:
         """Write a tile to its slot; `raw` is what its `reads` name."""
         entry = self._manifest.tensors[tile.tensor]
-        with self._span("place tile", _in_file(tile), tile.nbytes):
+        with self._span("place tile", _in_file(tile), slot.nbytes):
             if tile.base is None:
-                place_rows(entry, tile.rows, raw, slot[: tile.nbytes])
+                place_rows(entry, tile.rows, raw, slot)
                 return
             at = self._at(tile, True)
+            if _split(entry, tile):
+                place_addresses(self._address + at, raw, slot)
+                return
             base = self._region[at : at + tile.base.nbytes]
-            place_refined(entry, tile.base.bits, tile.rows, base, raw, slot[: tile.nbytes])
+            place_refined(entry, tile.base.bits, tile.rows, base, raw, slot)
+
+    def streamed(self, tile: TilePlan, alignment: int) -> Tile:
+        """How a tile is streamed: put together in its slot, or in parts that stay as they are."""
+        if not _split(self._manifest.tensors[tile.tensor], tile):
+            return Tile(tile.stream_index, tile.reads, tile.nbytes)
+        raw = align_up(parts_bytes(tile.reads, alignment), _ADDRESS_BYTES)
+        return Tile(tile.stream_index, tile.reads, (1 + len(tile.reads)) * _ADDRESS_BYTES, raw)
 
     def _at(self, tile: TilePlan, is_base: bool) -> int:
         return self._offsets[tile.tensor, tile.first_row, tile.is_head, is_base]
@@ -91,7 +106,7 @@ class TileMemory:
         def of(entry: TensorEntry, tile: TilePlan) -> Segment:
             tiles = -(-tile.rows // TILE_ROWS)
             if tile.stream_index >= 0:
-                return Segment(tiles, 0, tile.stream_index)
+                return Segment(tiles, 0, tile.stream_index, split=_split(entry, tile))
             return Segment(tiles, self._address + self._at(tile, False))
 
         return self._matrix(plan, name, of)
@@ -129,6 +144,12 @@ def _end(segment: Segment, entry: TensorEntry) -> tuple[int, QuantFormat | None]
         return -1, None
     fmt = segment.format or entry.format
     return segment.address + segment.tiles * tile_bytes(fmt, entry.shape[1]), segment.format
+
+
+def _split(entry: TensorEntry, tile: TilePlan) -> tuple[int, ...]:
+    """Bits of base and parts of a streamed tile that is computed from them; empty for others."""
+    split = entry.split(tile.base.bits) if tile.base else ()
+    return split if takes_parts(entry.format, split) else ()
 
 
 def _in_file(tile: TilePlan) -> int:

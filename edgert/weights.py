@@ -32,7 +32,7 @@ from edgert.storage.expert_policy import policy_for
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import ReaderTeam
-from edgert.storage.streamer import Streamer, Tile
+from edgert.storage.streamer import Streamer
 from edgert.storage.window import Window
 from edgert.tile_memory import DraftWeights, TileMemory
 from edgert.timeline import Span, no_span
@@ -207,7 +207,7 @@ class Weights:
             return None
         return Streamer(
             self._backend,
-            [Tile(t.stream_index, t.reads, t.nbytes) for t in streamed],
+            [self._tiles.streamed(t, self._backend.alignment) for t in streamed],
             Window(self._window[: plan.slots * plan.slot_bytes], plan.slot_bytes),
             self._ring_staging,
             lambda tile, raw, slot: self._tiles.place_streamed(streamed[tile.index], raw, slot),

@@ -27,7 +27,7 @@ from edgert.quant.reference import IQ4_VALUES, MXFP4_VALUES
 __all__ = [
     "LANES", "PARTS", "TILE_ROWS", "field", "high_nibbles", "iq4_codes", "low_nibbles", "mixed",
     "mxfp4_codes", "negated", "pair_high", "pair_high_nibbles", "pair_low", "pair_low_nibbles",
-    "prefetch_lines", "shifted", "times",
+    "prefetch_lines", "shift_bytes", "shifted", "times",
 ]  # fmt: skip
 
 TILE_ROWS = 16
@@ -66,7 +66,7 @@ def _of_one(emit: _Emit, result: Callable[[Vec], Vec] = lambda v: v) -> Any:
     return intrinsic(lambda typingctx, value: typed(value))
 
 
-def _shift_bytes(builder: Any, value: Any, shift: int) -> Any:
+def shift_bytes(builder: Any, value: Any, shift: int) -> Any:
     """16-bit words shifted right by `shift`, left if negative; bits cross into neighbour bytes."""
     if not shift:
         return value
@@ -82,7 +82,7 @@ def field(shift: int, mask: int) -> Any:
     """
 
     def emit(builder: Any, value: Any) -> Any:
-        return builder.and_(_shift_bytes(builder, value, shift), constant_like(value, mask))
+        return builder.and_(shift_bytes(builder, value, shift), constant_like(value, mask))
 
     return _of_one(emit)
 
@@ -94,9 +94,9 @@ def mixed(mask: int, shift: int, other: int) -> Any:
     """
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        inside = builder.and_(_shift_bytes(builder, args[0], shift), constant_like(args[0], mask))
+        inside = builder.and_(shift_bytes(builder, args[0], shift), constant_like(args[0], mask))
         rest = constant_like(args[1], 255 - mask)
-        return builder.or_(inside, builder.and_(_shift_bytes(builder, args[1], other), rest))
+        return builder.or_(inside, builder.and_(shift_bytes(builder, args[1], other), rest))
 
     return intrinsic(lambda typingctx, v, w: (v(v, w), generate))
 

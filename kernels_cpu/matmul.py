@@ -6,7 +6,7 @@ signature in `matmul_drive`, the weight layout in `layout`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from edgert.kernels_cpu import (
     matmul_k16,
     matmul_k32,
     matmul_planes,
+    matmul_refined,
 )
 from edgert.kernels_cpu.compiler import target_key
 from edgert.kernels_cpu.isa import ISA
@@ -30,7 +31,8 @@ from edgert.kernels_cpu.repack import repack_blocks
 from edgert.quant.formats import QuantFormat
 
 __all__ = [
-    "describe", "matmul", "matmul_kernel", "matmul_ref", "takes_quantized_input", "warm_up",
+    "describe", "matmul", "matmul_kernel", "matmul_ref", "takes_parts", "takes_quantized_input",
+    "warm_up",
 ]  # fmt: skip
 
 _KERNELS: dict[str, Kernel] = {
@@ -41,16 +43,26 @@ _KERNELS: dict[str, Kernel] = {
     **matmul_planes.KERNELS,
     **matmul_base.KERNELS,
 }
+_REFINED = {("Q8_0", *split): found for split, found in matmul_refined.KERNELS.items()}
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]
 
 
-def matmul_kernel(fmt: QuantFormat) -> Kernel:
-    """The kernel for weights of `fmt`; its signature is in `matmul_drive`."""
-    found = _KERNELS.get(fmt.name)
+def matmul_kernel(fmt: QuantFormat, split: Sequence[int] = ()) -> Kernel:
+    """The kernel for weights of `fmt`; its signature is in `matmul_drive`.
+
+    With `split` for weights that lie in a base and parts of so many bits (`matmul_refined`).
+    """
+    found = _REFINED.get((fmt.name, *split)) if split else _KERNELS.get(fmt.name)
     if found is None:
-        raise UnsupportedError(f"no matmul kernel for {fmt.name}; there are {' '.join(_KERNELS)}")
+        what = f"{fmt.name} in parts of {'+'.join(map(str, split))} bits" if split else fmt.name
+        raise UnsupportedError(f"no matmul kernel for {what}; there are {' '.join(_KERNELS)}")
     return found
+
+
+def takes_parts(fmt: QuantFormat, split: Sequence[int]) -> bool:
+    """True when there is a kernel for weights of `fmt` in a base and parts of so many bits."""
+    return (fmt.name, *split) in _REFINED
 
 
 def takes_quantized_input(fmt: QuantFormat) -> bool:

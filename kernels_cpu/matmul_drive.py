@@ -22,7 +22,7 @@ from edgert.kernels_cpu.lanes import LANES, PARTS
 from edgert.kernels_cpu.packs import addresses, store_pack
 from edgert.kernels_cpu.simd import ld_f32x16, ld_i64, st_f32x16, stack_buffer, vadd
 
-__all__ = ["MATMUL", "drive", "up_to_four", "up_to_most"]
+__all__ = ["MATMUL", "drive", "drive_from", "up_to_four", "up_to_most"]
 
 MATMUL = void("i" * 13)
 MOST = 8 if LANES == 16 else 4  # tokens whose sums fit the registers: 8 of 32, 4 of 16
@@ -66,14 +66,32 @@ else:
 
 
 @inline
+def _consecutive(w: Any, tile: Any, tile_bytes: Any) -> Any:
+    return w + tile * tile_bytes
+
+
+@inline
 def drive(
     pack: Any, body: Any, tile_bytes: Any, w: Any, x: Any, x_stride: Any, y: Any, y_stride: Any,
     K: Any, tile_start: Any, tile_stop: Any, n: Any, xi: Any, yi: Any, mode: Any, bias: Any,
 ) -> None:  # fmt: skip
     """Run `body(p, part, K, xs) -> acc` over packs of tokens, made by `pack`: an `up_to_...`."""
+    drive_from(
+        _consecutive, pack, body, tile_bytes, w, x, x_stride, y, y_stride, K, tile_start,
+        tile_stop, n, xi, yi, mode, bias,
+    )  # fmt: skip
+
+
+@inline
+def drive_from(
+    place: Any, pack: Any, body: Any, size: Any, w: Any, x: Any, x_stride: Any, y: Any,
+    y_stride: Any, K: Any, tile_start: Any, tile_stop: Any, n: Any, xi: Any, yi: Any, mode: Any,
+    bias: Any,
+) -> None:  # fmt: skip
+    """As `drive`, where tile t is at `place(w, t, size)`: an address, or whatever `body` takes."""
     results = _results()
     for tile in range(tile_start, tile_stop):
-        p = w + tile * tile_bytes
+        p = place(w, tile, size)
         t = 0
         while t < n:
             count = pack(body, p, K, xi + 8 * t, x, x_stride, n - t, results)

@@ -42,6 +42,7 @@ class Segment:
     address: int
     stream_index: int = -1
     format: QuantFormat | None = None  # of these tiles, where it is not the matrix's
+    split: tuple[int, ...] = ()  # bits of base and parts, where tiles are computed from those
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class ProgramBuilder:
         """
         first = 0
         for segment in matrix.segments:
-            kernel = matmul_kernel(segment.format or matrix.format)
+            kernel = matmul_kernel(segment.format or matrix.format, segment.split)
             row = self._row(rows.MATMUL, kernel, matrix.name)
             row[rows.UNITS] = segment.tiles
             row[rows.CHUNK] = CHUNK_MAX

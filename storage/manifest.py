@@ -71,6 +71,10 @@ class TensorEntry:
         """How many of the first parts make the base of `bits` bits; 0 for 0."""
         return (0, *accumulate(self.part_bits)).index(bits)
 
+    def split(self, bits: int) -> tuple[int, ...]:
+        """Bits of a base, then of each part beside it."""
+        return (bits, *self.part_bits[self.base_parts(bits) :])
+
     def base(self, bits: int) -> TensorEntry:
         """The matrix that the first parts of `bits` bits together are, in a format of its own."""
         count = self.base_parts(bits)

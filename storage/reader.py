@@ -106,11 +106,13 @@ class ReaderTeam:
         self,
         take: Callable[[], tuple[Sequence[Extent], _Job] | None],
         place: Callable[[_Job, list[Bytes]], None],
+        room: Callable[[_Job], Bytes | None] = lambda job: None,
     ) -> None:
         """Threads that read what `take` names next, and threads that `place` what was read.
 
         `take` gives what to read and what to hand to `place`, or None at the end; it may block,
-        and is called by several threads.
+        and is called by several threads. What has `room` of its own is read right there, and
+        the thread that read it calls `place`.
         """
         n_placing = max(1, self.n_readers // 3)
         n_reading = max(1, self.n_readers - n_placing)
@@ -127,11 +129,17 @@ class ReaderTeam:
                         if self.stopping:
                             free.put(buffer)  # for the next one that waits
                             return
-                        raw = self.read(buffer, taken[0])
+                        into = room(taken[1])
+                        raw = self.read(buffer, taken[0], into)
+                        if into is not None:
+                            place(taken[1], raw)
                     except BaseException:
                         free.put(buffer)
                         raise
-                    full.put((buffer, raw, taken[1]))
+                    if into is None:
+                        full.put((buffer, raw, taken[1]))
+                    else:
+                        free.put(buffer)
             except BaseException as error:
                 self.fail(error)
             finally:
@@ -160,12 +168,12 @@ class ReaderTeam:
                 self._threads[-1].join()
             self._threads.pop()
 
-    def read(self, reader: int, parts: Sequence[Extent]) -> list[Bytes]:
-        """The exact bytes of each part, as views of the staging buffer of `reader`.
+    def read(self, reader: int, parts: Sequence[Extent], into: Bytes | None = None) -> list[Bytes]:
+        """The exact bytes of each part, as views of the staging buffer of `reader` or of `into`.
 
         Valid until the next read of that reader. Raises `StorageError`.
         """
-        staging = self._staging[reader]
+        staging = self._staging[reader] if into is None else into
         room = staging.data
         views: list[Bytes] = []
         at = 0

@@ -39,6 +39,7 @@ class Tile:
     index: int  # position in the cycle
     parts: tuple[Extent, ...]  # what to read, in the order `place` gets it
     nbytes: int  # bytes in the slot after placing
+    raw_bytes: int = 0  # of the slot before them, where the parts stay just as they were read
 
 
 Place = Callable[[Tile, list[Bytes], Bytes], None]
@@ -53,7 +54,8 @@ class Streamer:
     """Fills the slots of `window` with `tiles`, cyclically, by way of the buffers of `staging`.
 
     `place(tile, raw, slot)` gets the exact bytes of each part and `tile.nbytes` bytes of the slot;
-    it runs in a thread of the team and should release the GIL. Needs 2 <= slots < tiles.
+    it runs in a thread of the team and should release the GIL. Needs 2 <= slots < tiles. The parts
+    of a tile with `raw_bytes` are read into its slot, and `raw` stays valid as long as the tile.
 
     For the consumer, all int64 and indexed by tile: `ready` (p+1 when the tile's bytes of pass p
     are in its slot), `address`, `slot_of`; `failed[0]` is 1 after an error; `free_fd` takes the
@@ -72,7 +74,7 @@ class Streamer:
         assert 2 <= window.n_slots < n_tiles, (window.n_slots, n_tiles)
         assert window.n_slots <= _SLOTS_MAX, window.n_slots
         assert [t.index for t in tiles] == list(range(n_tiles))
-        assert max(t.nbytes for t in tiles) <= window.slot_bytes
+        assert max(t.raw_bytes + t.nbytes for t in tiles) <= window.slot_bytes
         need = staging_bytes(tiles, backend.alignment)
         assert all(s.nbytes >= need for s in staging), need
         self.tiles = tuple(tiles)
@@ -111,7 +113,7 @@ class Streamer:
     def start(self) -> None:
         """Begin reading, at tile 0 of pass 0."""
         assert not self._closed and not self._team.running
-        self._team.start_pipeline(self._take, self._fill)
+        self._team.start_pipeline(self._take, self._fill, self._room)
         for slot in range(self._window.n_slots):
             os.write(self.free_fd, slot.to_bytes(8, "little"))
 
@@ -178,8 +180,14 @@ class Streamer:
     def _fill(self, job: tuple[Tile, int, int], raw: list[Bytes]) -> None:
         """Place what was read and publish it."""
         tile, slot, turn = job
-        self._place(tile, raw, self._window.view(slot)[: tile.nbytes])
-        self._publish(tile.index, slot, turn)
+        start = tile.raw_bytes
+        self._place(tile, raw, self._window.view(slot)[start : start + tile.nbytes])
+        self._publish(tile, slot, turn)
+
+    def _room(self, job: tuple[Tile, int, int]) -> Bytes | None:
+        """Where the parts of a tile are to stay, if they do."""
+        tile, slot, _ = job
+        return self._window.view(slot)[: tile.raw_bytes] if tile.raw_bytes else None
 
     def _next_tile(self, slot: int) -> tuple[Tile, int]:
         """The next tile of the cycle and its pass, for a slot that was handed back."""
@@ -190,9 +198,10 @@ class Streamer:
         self._filling[slot] = True
         return self.tiles[index], turn
 
-    def _publish(self, index: int, slot: int, turn: int) -> None:
+    def _publish(self, tile: Tile, slot: int, turn: int) -> None:
+        index = tile.index
         with self._team.lock:
-            self.address[index] = self._window.address(slot)
+            self.address[index] = self._window.address(slot) + tile.raw_bytes
             self.slot_of[index] = slot
             self._filling[slot] = False
             self.tiles_loaded += 1
