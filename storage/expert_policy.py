@@ -190,14 +190,19 @@ class Partitioned(Predicted):
     each owns a share. The layer being computed gives up as many of its own as it misses, so that
     its misses cost no other layer anything. Where its share is less than it may miss, `reserve`
     slots are nobody's: missing experts pass through them.
+
+    A pass of many tokens uses nearly all experts of a layer, more than its share. The others share
+    what it leaves, and what was computed last leaves first: it is needed again last (in a scan
+    larger than the cache, the most recently used).
     """
 
     name = "partition"
 
     def __init__(self, shape: Shape, slots: int, reserve: int, order: ExpertPolicy) -> None:
         super().__init__(self._best, order)
-        self._n_experts = shape[1]
+        self._layers, self._n_experts = shape
         self._seen: _Ints = np.zeros(shape[0] * shape[1], np.int64)
+        self._slots = slots
         self._shares = _shares(slots - reserve, shape[0])
 
     def observe(self, stamps: _Ints) -> None:
@@ -205,11 +210,35 @@ class Partitioned(Predicted):
         super().observe(stamps)
         self._seen[:] = stamps
 
+    def ranks(self, owner: _Ints) -> _Floats:
+        """Places: first what no layer keeps; in a long pass of that the layers computed last."""
+        used = self._used()
+        if not self._long(used):
+            return super().ranks(owner)
+        ahead = (owner - used[0]) // self._n_experts % self._layers
+        places = np.empty(len(owner))
+        parts = (self._order.ranks(owner), -ahead, self._best(owner))
+        places[np.lexsort(parts)] = np.arange(len(owner))
+        return places
+
+    def _used(self) -> _Ints:
+        """The experts of the layer being computed."""
+        used: _Ints = np.flatnonzero(self._seen == self._seen.max())
+        return used
+
+    def _long(self, used: _Ints) -> bool:
+        """True when the next pass rather uses an expert than not."""
+        return 2 * len(used) > self._n_experts
+
     def _best(self, owner: _Ints) -> _Bits:
         """Keep what is among its layer's best, as many as its share."""
-        used = np.flatnonzero(self._seen == self._seen.max())
+        used = self._used()
+        now = used[0] // self._n_experts
         shares = self._shares.copy()
-        shares[used[0] // self._n_experts] -= np.count_nonzero(~np.isin(used, owner))
+        if self._long(used):
+            shares = _shares(self._slots - len(used), max(self._layers - 1, 1))
+            shares = np.insert(shares, now, 0)
+        shares[now] -= np.count_nonzero(~np.isin(used, owner))
         layer = owner // self._n_experts  # -1 for free slots
         ranks = self._order.ranks(owner)
         ranks[self._seen[owner] == self._seen[used[0]]] = np.inf  # these stay anyway

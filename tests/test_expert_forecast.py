@@ -48,8 +48,8 @@ def test_favourites_are_missed_less_than_even_routing_is() -> None:
         assert skewed is not None and random is not None
         assert skewed(1) < random(1)
         assert random(1) == pytest.approx(even.missed(1, slots), rel=0.15)
-        # A long pass also pushes out what other layers keep.
-        assert 1 <= random(64) / even.missed(64, slots) <= 1.5
+        # A layer of a long pass needs slots for all it uses: those are not kept over the pass.
+        assert 1 <= random(64) / even.missed(64, slots) <= 1.15
         assert skewed(64) <= random(64) + 1
 
 

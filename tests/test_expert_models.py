@@ -10,10 +10,12 @@ import pytest
 
 import edgert
 from edgert.errors import UnsupportedError
+from edgert.expert_simulation import simulate
 from edgert.kernels_cpu.moe import moe_route, moe_route_ref
 from edgert.opening import open_model
 from edgert.quant.formats import BY_NAME
 from edgert.quant.quantize import quantize_ref
+from edgert.routing import join_passes
 from tests import tiny
 from tests.answers import prompt
 from tests.gguf_file import write_gguf
@@ -27,11 +29,14 @@ def write(path: Path, model: tiny.TinyModel) -> Path:
     return path
 
 
-def family(monkeypatch: pytest.MonkeyPatch, experts: int, k: int) -> tiny.TinyModel:
+def family(
+    monkeypatch: pytest.MonkeyPatch, experts: int, k: int, layers: int = 2
+) -> tiny.TinyModel:
     """A small OLMoE with so many experts, its router as random as the rest."""
     shape = tiny.TinyFamily(
-        "olmoe", hidden=64, heads=2, kv_heads=2, ffn=32, experts=experts, experts_per_token=k
-    )
+        "olmoe", layers, hidden=64, heads=2, kv_heads=2, ffn=32, experts=experts,
+        experts_per_token=k,
+    )  # fmt: skip
     monkeypatch.setitem(tiny.FAMILIES, f"olmoe {experts} {k}", shape)
     monkeypatch.setattr(tiny, "_routed", lambda f, name, values: values)
     return tiny.build(f"olmoe {experts} {k}", "Q8_0")
@@ -127,3 +132,25 @@ def test_a_pass_reads_each_expert_once_however_many_tokens_want_it(
             assert len(pass_) == len(tokens)
             read.clear()
             chosen.clear()
+
+
+def test_passes_one_after_another_keep_what_the_next_will_want(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted on the device, beside the least there can be: half a layer more for each pass."""
+    path = write(tmp_path / "olmoe.gguf", family(monkeypatch, 16, 4, layers=6))
+    tokens = prompt(path)
+    with tight(path, 350 * 1024, prefill_tokens=len(tokens)) as engine:
+        control, slots, passes = engine.experts, engine.plan.expert_slots, []
+        assert control is not None and 24 < slots < 72
+        control.record(passes.append)
+        for turn in range(8):
+            engine.logits(tokens[turn:] + tokens[:turn])
+        misses = control.counts[1]
+        experts = engine.spec.num_experts
+    trace = join_passes(passes, experts)
+    found = {f.policy: f for f in simulate(trace, [slots], ("lru", "auto", "belady"))}
+    missed = {name: round(f.misses_per_token * trace.tokens) for name, f in found.items()}
+    assert missed["auto"] == misses
+    assert misses <= missed["belady"] + len(passes) * experts / 2
+    assert misses <= 0.7 * missed["lru"]

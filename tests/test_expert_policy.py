@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edgert.errors import InputError
 from edgert.expert_simulation import SIMULATED, replay, simulate
+from edgert.expert_tuning import synthetic_routing
 from edgert.routing import Routing, join_passes
 from edgert.storage.expert_policy import (
     POLICIES,
@@ -178,6 +179,29 @@ def test_a_partition_keeps_the_best_of_each_layer() -> None:
     assert owner[np.argmin(policy.ranks(owner))] == 2
     owner = np.array([0, 1, 4, 5, 6])
     assert owner[np.argmin(policy.ranks(owner))] == 6
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_long_passes_miss_little_more_than_the_optimum(size: int) -> None:
+    """Each expert is wanted once a pass, in the order of layers: LRU hits nothing."""
+    one = synthetic_routing("random", tokens=6 * size)
+    trace = Routing(32, one.requests, (np.full(6, size, np.int32),))
+    for slots in (20, 60, 100, 150, 200, 240):
+        found = simulate(trace, [slots], ("lru", "auto", "belady"))
+        misses = {f.policy: f.misses_per_token for f in found}
+        assert misses["auto"] <= 1.15 * misses["belady"], slots
+        assert misses["auto"] < misses["lru"] or slots < 64, slots
+
+
+def test_a_layer_of_a_long_pass_takes_the_slots_of_the_one_before() -> None:
+    policy = Partitioned((3, 4), 8, 0, DecayedLfu((3, 4)))
+    # Layers 0 and 1 have four experts each; layer 2 wants its four: two of each may stay.
+    for clock, used in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]), 1):
+        stamps = policy._seen.copy()
+        stamps[used] = clock
+        policy.observe(stamps)
+    order = np.argsort(policy.ranks(np.arange(8)))
+    assert order[:2].tolist() == [6, 7] and sorted(order[:4].tolist()) == [2, 3, 6, 7]
 
 
 def test_the_choice_is_by_the_working_set() -> None:

@@ -35,6 +35,7 @@ class TinyFamily:
     """The shape of a tiny model; `ffn` is the width of one expert where there are experts."""
 
     architecture: str
+    layers: int = 2
     hidden: int = 256
     heads: int = 8
     kv_heads: int = 2
@@ -148,7 +149,7 @@ def metadata_of(family: str) -> dict[str, Any]:
         f"{arch}.vocab_size": f.vocab,
         f"{arch}.context_length": 256,
         f"{arch}.embedding_length": f.hidden,
-        f"{arch}.block_count": 2,
+        f"{arch}.block_count": f.layers,
         f"{arch}.feed_forward_length": f.ffn,
         f"{arch}.attention.head_count": f.heads,
         f"{arch}.attention.head_count_kv": f.kv_heads,
