@@ -33,8 +33,8 @@ __all__ = ["at_quality", "make_plan", "planner", "process_bytes"]
 
 # What the process itself holds beside the arena: interpreter, NumPy, tokenizer, compiled kernels,
 # and what they allocate while running. Measured 48 MiB after loading, and 109 where Numba and LLVM
-# are in it; 59 in the worst case seen, an 8B in a small group. The plan takes the larger of this and
-# what is measured, plus the growth allowed for.
+# are in it; 59 in the worst case seen, an 8B in a small group. The plan takes the larger of this
+# and what is measured, plus the growth allowed for.
 PROCESS_BYTES = 60 * MIB
 COMPILER_BYTES = 60 * MIB
 GROWTH_BYTES = 16 * MIB
