@@ -17,12 +17,9 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-
 from edgert.kernels_cpu import dots
 from edgert.kernels_cpu.activations import BLOCK_BYTES
+from edgert.kernels_cpu.compiler import intrinsic, ir, types
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import LANES, TILE_ROWS, shift_bytes
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive_from, up_to_most

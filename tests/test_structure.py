@@ -241,6 +241,14 @@ def test_import_is_light() -> None:
     assert not loaded_by("import edgert") & heavy
 
 
+def test_one_file_imports_the_compiler() -> None:
+    """What else would import it costs every process 60 MiB: kernels_cpu/compiler.py."""
+    for path in all_files():
+        if not {"tests", "demo"} & set(path.relative_to(ROOT).parts):
+            found = {module.split(".")[0] for module, _ in imports_of(path)}
+            assert not found & {"numba", "llvmlite"}, f"{path}: import it from kernels_cpu.compiler"
+
+
 def test_help_is_light() -> None:
     heavy = {"numba", "llvmlite", "numpy", "tokenizers", "jinja2", "rich", "prompt_toolkit"}
     for arguments in (["--help"], ["run", "--help"], ["stress", "--help"]):
