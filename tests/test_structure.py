@@ -242,9 +242,9 @@ def test_import_is_light() -> None:
 
 
 def test_one_file_imports_the_compiler() -> None:
-    """What else would import it costs every process 60 MiB: kernels_cpu/compiler.py."""
+    """What else would import it costs every process 60 MiB. `edgert doctor` asks LLVM for the CPU."""
     for path in all_files():
-        if not {"tests", "demo"} & set(path.relative_to(ROOT).parts):
+        if not {"tests", "demo", "diagnosis.py"} & set(path.relative_to(ROOT).parts):
             found = {module.split(".")[0] for module, _ in imports_of(path)}
             assert not found & {"numba", "llvmlite"}, f"{path}: import it from kernels_cpu.compiler"
 
