@@ -242,7 +242,7 @@ def test_import_is_light() -> None:
 
 
 def test_one_file_imports_the_compiler() -> None:
-    """What else would import it costs every process 60 MiB. `edgert doctor` asks LLVM for the CPU."""
+    """What else imports it costs the process 60 MiB. `edgert doctor` asks LLVM about the CPU."""
     for path in all_files():
         if not {"tests", "demo", "diagnosis.py"} & set(path.relative_to(ROOT).parts):
             found = {module.split(".")[0] for module, _ in imports_of(path)}
