@@ -54,9 +54,33 @@ def random_activations(T: int, K: int, rng: np.random.Generator) -> npt.NDArray[
     return x
 
 
+def product_of_parts(
+    split: tuple[int, ...], raw: npt.NDArray[np.uint8], x: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Rows of Q8_0 times x (6, K) by the kernel for parts of so many bits."""
+    from edgert.kernels_cpu import activations, matmul
+    from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
+
+    tiles, rows, K = tiles_of(FORMATS["Q8_0"], raw, x.shape[1]), len(raw), x.shape[1]
+    n_blocks, lows = tiles.nbytes // 544, [int(low) for low in 8 - np.cumsum(split)]
+    parts = [
+        Part(np.empty(part_bytes(bits, low, n_blocks), np.uint8), low, bits)
+        for bits, low in zip(split, lows, strict=True)
+    ]
+    move_bits(n_blocks, [Part(tiles, 0, 8)], parts)
+    w = np.array([part.data.ctypes.data for part in parts], np.int64)
+    q, y, index = activations.quantize(x), np.zeros((len(x), rows), np.float32), np.arange(len(x))
+    matmul.matmul_kernel(FORMATS["Q8_0"], split)(
+        w.ctypes.data, q.ctypes.data, q.strides[0], y.ctypes.data, y.strides[0], K, 0, rows // 16,
+        len(x), index.ctypes.data, index.ctypes.data, 0, 0,
+    )  # fmt: skip
+    return y
+
+
 def main() -> None:
     """Print the instruction set, then hashes of each format's tiles and of the results of some."""
     from edgert.kernels_cpu import isa, matmul
+    from edgert.kernels_cpu.matmul_refined import KERNELS
 
     print(isa.ISA.name)
     for name, fmt in BY_NAME.items():
@@ -67,6 +91,9 @@ def main() -> None:
         raw, x = random_raw(fmt, 40, 512, rng), random_activations(6, 512, rng)
         y = matmul.matmul(fmt, tiles_of(fmt, raw, 512), x, 40)
         print(f"{name}:{hashlib.sha256(y.tobytes()).hexdigest()[:16]}")
+    for split in KERNELS:
+        y = product_of_parts(split, random_raw(FORMATS["Q8_0"], 48, 512, rng), x)
+        print(f"Q8_0:{split}:{hashlib.sha256(y.tobytes()).hexdigest()[:16]}".replace(" ", ""))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_kernel_set_survives_its_text() -> None:
-    for wanted in (SET, KernelSet(("F32", "Q8_0"), "f32", True)):
+    nested = KernelSet(("Q8_0", "B4"), "f16", False, ("Q8_0:3+1+4", "Q8_0:4+4"))
+    for wanted in (SET, KernelSet(("F32", "Q8_0"), "f32", True), nested):
         assert KernelSet.parse(str(wanted)) == wanted
 
 

@@ -21,9 +21,12 @@ from edgert.storage.window import Window
 
 
 class Dense:
-    """A streamer over random bytes whose `place` flips every bit, and its consumer."""
+    """A streamer over random bytes whose `place` flips every bit, and its consumer.
 
-    def __init__(self, n_tiles=7, n_slots=2, threads=2, seed=0, plan=None):
+    With `stay` the parts of every second tile are read into its slot.
+    """
+
+    def __init__(self, n_tiles=7, n_slots=2, threads=2, seed=0, plan=None, stay=False):
         rng = random.Random(seed)
         self.data = [fill(60_000, seed=seed), fill(30_001, seed=seed + 1)]
         self.backend = FaultyBackend(
@@ -36,8 +39,9 @@ class Dense:
                 file = rng.randint(0, 1)
                 nbytes = rng.randint(1, 1500)
                 parts.append(Extent(file, rng.randint(0, len(self.data[file]) - nbytes), nbytes))
-            self.tiles.append(Tile(i, tuple(parts), sum(p.nbytes for p in parts)))
-        self.window = Window(pages(n_slots * 8192), 8192)
+            room = parts_bytes(parts, ALIGNMENT) if stay and i % 2 else 0
+            self.tiles.append(Tile(i, tuple(parts), sum(p.nbytes for p in parts), room))
+        self.window = Window(pages(n_slots * 12288), 12288)
         need = staging_bytes(self.tiles, ALIGNMENT)
         staging = [pages(need) for _ in range(threads)]
         self.streamer = Streamer(self.backend, self.tiles, self.window, staging, self.place)
@@ -45,6 +49,8 @@ class Dense:
     def place(self, tile, raw, slot):
         assert [r.nbytes for r in raw] == [p.nbytes for p in tile.parts]
         assert slot.nbytes == tile.nbytes
+        inside = [self.window.address(0) <= r.ctypes.data < slot.ctypes.data for r in raw]
+        assert not tile.raw_bytes or all(inside)
         np.bitwise_xor(np.concatenate(raw), 255, out=slot)
 
     def expected(self, tile) -> bytes:
@@ -62,21 +68,22 @@ class Dense:
                 i = tile.index
                 if not wait_for(lambda i=i, turn=turn: s.ready[i] == turn + 1, s.failed):
                     return used
-                assert at_address(self.window, int(s.address[i]), tile.nbytes) == self.expected(
-                    tile
-                )
+                start = int(s.address[i]) - tile.raw_bytes
+                found = at_address(self.window, start, tile.raw_bytes + tile.nbytes)
+                assert found[tile.raw_bytes :] == self.expected(tile)
                 slot = int(s.slot_of[i])
-                assert self.window.address(slot) == s.address[i]
+                assert self.window.address(slot) == start
                 self.window.view(slot)[:] = 0  # what is handed back may be overwritten
                 os.write(s.free_fd, slot.to_bytes(8, "little"))
                 used += 1
         return used
 
 
+@pytest.mark.parametrize("stay", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("n_slots", [2, 3, 6])
-def test_tiles_arrive_whole_and_in_order_pass_after_pass(threads, n_slots):
-    dense = Dense(n_slots=n_slots, threads=threads, seed=threads * 10 + n_slots)
+def test_tiles_arrive_whole_and_in_order_pass_after_pass(threads, n_slots, stay):
+    dense = Dense(n_slots=n_slots, threads=threads, seed=threads * 10 + n_slots, stay=stay)
     dense.streamer.start()
     assert dense.consume(0, 30) == 30 * 7
     dense.streamer.close()
@@ -167,11 +174,12 @@ def test_reset_in_mid_pass_begins_again_at_tile_0(threads):
     s.close()
 
 
+@pytest.mark.parametrize("stay", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_any_failing_read_is_handed_over_and_can_be_recovered_from(threads):
+def test_any_failing_read_is_handed_over_and_can_be_recovered_from(threads, stay):
     reads_per_pass = sum(len(t.parts) for t in Dense(seed=2).tiles)
     for n in range(1, 2 * reads_per_pass + 2):
-        dense = Dense(seed=2, threads=threads, plan=FaultPlan(fail={n}))
+        dense = Dense(seed=2, threads=threads, plan=FaultPlan(fail={n}), stay=stay)
         s = dense.streamer
         s.start()
         assert dense.consume(0, 4) < 28
@@ -200,15 +208,17 @@ def test_an_error_that_stays_fails_again_and_close_still_works():
     assert threading.active_count() < 10
 
 
-def test_an_error_in_place_reaches_the_caller():
-    dense = Dense()
+@pytest.mark.parametrize("stay", [False, True])
+def test_an_error_in_place_reaches_the_caller(stay):
+    dense = Dense(stay=stay)
 
     def place(tile, raw, slot):
-        raise ZeroDivisionError("in place")
+        if bool(tile.raw_bytes) == stay:
+            raise ZeroDivisionError("in place")
 
     dense.streamer._place = place
     dense.streamer.start()
-    assert dense.consume(0, 1) == 0
+    assert dense.streamer.failed[0] or wait_for(lambda: False, dense.streamer.failed) is False
     with pytest.raises(ZeroDivisionError, match="in place"):
         dense.streamer.raise_if_failed()
     dense.streamer.close()
