@@ -1,21 +1,19 @@
-"""The codes of Q8_0 in parts, most significant bits first: taken apart and put together.
+"""The codes of quantised weights in parts, most significant bits first: taken apart, put together.
 
-A part holds `bits` bits of each code u = q + 128 of a matrix in tiles, those from bit `low` on, and
-the first part the scales as well. Like every format (`layout`) it is made of blocks of 16 rows x 32
-weights: d (2 bytes a row) if it has scales, then `bits` units of 4 bytes a row. Units are those of
-numbers of 4, 2 and 1 bits (`FIELDS`): the eight groups of four weights of a row, 4v .. 4v + 3, lie
-in the bytes of unit v % width, from bit width * (v // width) on. Eight bits are Q8_0 itself:
-group v is unit v, with q for u. So a first part of 3, 4 or 5 bits is what `matmul_base` computes
-with, and any two parts in a row can be made into one.
+A part of a nested pack holds some bits of each code of a matrix, its first part the scales as well
+(FORMAT.md). The first parts together are a base, a format with a kernel (`matmul_base`), and all of
+them are the matrix. `places` says where each bit lies in a part, a base and a tile; what differs
+between any two of these is a table of moves: of a unit of 64 bytes, turned and masked, into another.
 
-Owns: moving bits between parts. Must not know: files, or which parts a matrix has.
+Owns: moving bits. Must not know: files, or which parts a matrix has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,173 +21,212 @@ from numba import types
 
 from edgert.errors import InputError
 from edgert.kernels_cpu.jit import kernel, void
-from edgert.kernels_cpu.simd import const_of, ld_i64, loader, stack_buffer, storer, vor
-from edgert.kernels_cpu.vectors import I32, operation, splat, vec
+from edgert.kernels_cpu.places import LINE, UNIT, Place, Places, part_places, tile_places
+from edgert.kernels_cpu.simd import ld_i64, loader, storer, vxor
+from edgert.kernels_cpu.vectors import I32, declare, operation, splat, vec
+from edgert.quant.formats import QuantFormat, part_block_bytes
 
-__all__ = ["FIELDS", "Part", "move_bits", "move_bits_kernel", "move_bits_ref", "part_bytes"]
+__all__ = [
+    "Bits",
+    "move_bits",
+    "move_bits_kernel",
+    "move_bits_ref",
+    "part_bytes",
+    "part_of",
+    "tiles_of",
+]
 
 _U8 = npt.NDArray[np.uint8]
-
-# The fields of a part by its bits, in the order of their units: (width, lowest bit in the part).
-FIELDS: dict[int, tuple[tuple[int, int], ...]] = {
-    1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((1, 4), (4, 0)),
-    6: ((2, 4), (4, 0)), 7: ((1, 6), (2, 4), (4, 0)), 8: ((8, 0),),
-}  # fmt: skip
+_I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Bits `low` to `low + bits` of the codes of whole tiles, contiguous in `data`."""
+class Bits:
+    """Blocks of 16 rows of a matrix, contiguous in `data`, and where the bits lie in each."""
 
     data: _U8
-    low: int
-    bits: int
-
-    @property
-    def has_scales(self) -> bool:
-        """True for the part that begins with the highest bit."""
-        return self.low + self.bits == 8
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of 16 rows x 32 weights."""
-        return 64 * self.bits + 32 * self.has_scales
+    places: Places
 
 
-def part_bytes(bits: int, low: int, n_blocks: int) -> int:
-    """Bytes of a part of `n_blocks` blocks of 16 rows x 32 weights."""
-    return n_blocks * (64 * bits + 32 * (low + bits == 8))
+def tiles_of(fmt: QuantFormat, data: _U8) -> Bits:
+    """Tiles of a format that can be nested, or of a base."""
+    return Bits(data, tile_places(fmt))
 
 
-def move_bits(n_blocks: int, sources: Sequence[Part], targets: Sequence[Part]) -> None:
+def part_of(fmt: QuantFormat, bits: int, low: int, data: _U8) -> Bits:
+    """The part of a nested matrix with bits `low` to `low + bits` of its codes."""
+    return Bits(data, part_places(fmt, bits, low))
+
+
+def part_bytes(fmt: QuantFormat, bits: int, is_first: bool, n_blocks: int) -> int:
+    """Bytes of a part of `n_blocks` blocks of 16 rows."""
+    return 16 * n_blocks * part_block_bytes(fmt, bits, is_first)
+
+
+def move_bits(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> None:
     """Write the `targets` from the `sources`, which hold all their bits. Releases the GIL.
 
-    Raises InputError when a part has not the bytes of `n_blocks` blocks or bits are missing.
+    Raises InputError when one has not the bytes of `n_blocks` blocks or bits are missing.
     """
     _check(n_blocks, sources, targets)
-    fields = np.array([*_fields(sources), *_fields(targets)], np.int64)
-    scaled = [next((p for p in parts if p.has_scales), None) for parts in (sources, targets)]
-    d = [(0, 0) if p is None else (p.data.ctypes.data, p.block_bytes) for p in scaled]
-    n = sum(len(FIELDS[p.bits]) for p in sources)
-    move_bits_kernel(n_blocks, *d[0], *d[1], fields.ctypes.data, n, len(fields))
+    moves = _moves(tuple(s.places for s in sources), tuple(t.places for t in targets))
+    lines, units, terms = moves.lines.copy(), moves.units.copy(), moves.terms.copy()
+    for rows, column, held in (
+        (lines, 0, sources), (lines, 2, targets), (units, 0, targets), (terms, 0, sources),
+    ):  # fmt: skip
+        places = np.array([(b.data.ctypes.data, b.places.nbytes) for b in held], np.int64)
+        which = rows[:, column + 1]
+        rows[:, column] += places[which, 0]
+        rows[:, column + 1] = places[which, 1]
+    move_bits_kernel(
+        n_blocks, lines.ctypes.data, len(lines), units.ctypes.data, len(units), terms.ctypes.data
+    )
 
 
-def _fields(parts: Sequence[Part]) -> list[tuple[int, int, int, int]]:
-    """(address, bytes of a block, width, lowest bit in the code) of each field."""
-    found = []
-    for part in parts:
-        at = part.data.ctypes.data + 32 * part.has_scales
-        for width, low in FIELDS[part.bits]:
-            found.append((at, part.block_bytes, width, part.low + low))
-            at += 64 * width
-    return found
-
-
-def _check(n_blocks: int, sources: Sequence[Part], targets: Sequence[Part]) -> None:
-    for part in (*sources, *targets):
-        wanted = n_blocks * part.block_bytes
-        data = part.data
+def _check(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> None:
+    for bits in (*sources, *targets):
+        wanted = n_blocks * bits.places.nbytes
+        data = bits.data
         if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != wanted:
             raise InputError(
-                f"{part.bits} bits of {n_blocks:,} blocks must be {wanted:,} contiguous bytes, "
-                f"not {data.dtype} {list(data.shape)}"
+                f"{len(bits.places.bits)} bits of {n_blocks:,} blocks must be {wanted:,} "
+                f"contiguous bytes, not {data.dtype} {list(data.shape)}"
             )
-    have = {bit for part in sources for bit in range(part.low, part.low + part.bits)}
-    want = {bit for part in targets for bit in range(part.low, part.low + part.bits)}
+    have = {bit for part in sources for bit in part.places.bits}
+    want = {bit for part in targets for bit in part.places.bits}
     if not want <= have:
         raise InputError(f"bits {sorted(want - have)} of the codes are in no part")
+
+
+# --- the moves --------------------------------------------------------------------------------
+
+
+class _Moves(NamedTuple):
+    """What the kernel does for a block; `which` is the number of a source or target."""
+
+    lines: _I64  # [n, 4]: at, which source, at, which target
+    units: _I64  # [n, 4]: at, which target, bits to turn, number of terms
+    terms: _I64  # [n, 4]: at, which source, turn left by, mask
+
+
+@cache
+def _moves(sources: tuple[Places, ...], targets: tuple[Places, ...]) -> _Moves:
+    lines = [
+        (at, s, targets[t].lines[key], t)
+        for t in range(len(targets))
+        for s in range(len(sources))
+        for key, at in sources[s].lines.items()
+        if key in targets[t].lines
+    ]
+    units, terms = [], []
+    for t, target in enumerate(targets):
+        for at in dict.fromkeys(place.at for place in target.fields):
+            found = _terms(sources, [place for place in target.fields if place.at == at])
+            turned = 0
+            masks: dict[tuple[int, int, int], int] = {}
+            for s, source, mask, left in found:
+                turned ^= mask & _moved(128 * source.signed, left)
+                key = (source.at, s, left % 32)
+                masks[key] = masks.get(key, 0) | mask
+            turned ^= 128 * any(place.signed for place in target.fields)
+            units.append((at, t, turned, len(masks)))
+            terms += [(*key, mask) for key, mask in masks.items()]
+    return _Moves(*(np.array(rows, np.int64).reshape(-1, 4) for rows in (lines, units, terms)))
+
+
+def _terms(
+    sources: Sequence[Places], wanted: Sequence[Place]
+) -> Iterator[tuple[int, Place, int, int]]:
+    """(number of the source, place, bits to take after turning, turn left by) for a unit."""
+    for place in wanted:
+        for s, source in enumerate(sources):
+            for other in source.fields:
+                low = max(place.low, other.low)
+                width = min(place.low + place.width, other.low + other.width) - low
+                if other.group == place.group and width > 0:
+                    bit = place.bit + low - place.low
+                    left = bit - (other.bit + low - other.low)
+                    yield s, other, (2**width - 1) << bit, left
+
+
+def _moved(byte: int, left: int) -> int:
+    return byte << left if left >= 0 else byte >> -left
 
 
 # --- the twin ---------------------------------------------------------------------------------
 
 
-def move_bits_ref(n_blocks: int, sources: Sequence[Part], targets: Sequence[Part]) -> None:
-    """As `move_bits`, in NumPy."""
+def move_bits_ref(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> None:
+    """As `move_bits`, in NumPy: by way of the numbers of each group."""
     _check(n_blocks, sources, targets)
-    codes = np.zeros((n_blocks, 8, 64), np.uint8)
-    d = np.zeros((n_blocks, 32), np.uint8)
-    for part in sources:
-        blocks = part.data.reshape(n_blocks, part.block_bytes)
-        if part.has_scales:
-            d, blocks = blocks[:, :32], blocks[:, 32:]
-        for width, low, unit, first in _each_unit(part.bits):
-            units = blocks[:, 64 * unit : 64 * unit + 64]
-            for v in range(first, 8, width):
-                field = units >> (width * (v // width)) & (2**width - 1)
-                codes[:, v] |= (field ^ 128 if width == 8 else field) << (part.low + low)
-    for part in targets:
-        blocks = part.data.reshape(n_blocks, part.block_bytes)
+    numbers: dict[int, _U8] = {}
+    lines: dict[tuple[str, int], _U8] = {}
+    for held in sources:
+        blocks = held.data.reshape(n_blocks, held.places.nbytes)
+        for key, at in held.places.lines.items():
+            lines[key] = blocks[:, at : at + LINE]
+        for place in held.places.fields:
+            unit = blocks[:, place.at : place.at + UNIT] ^ np.uint8(128 * place.signed)
+            field = unit >> place.bit & np.uint8(2**place.width - 1)
+            before = numbers.get(place.group, np.zeros((n_blocks, UNIT), np.uint8))
+            numbers[place.group] = before | field << place.low
+    for held in targets:
+        blocks = held.data.reshape(n_blocks, held.places.nbytes)
         blocks[:] = 0
-        if part.has_scales:
-            blocks[:, :32], blocks = d, blocks[:, 32:]
-        for width, low, unit, first in _each_unit(part.bits):
-            for v in range(first, 8, width):
-                field = codes[:, v] >> (part.low + low) & (2**width - 1)
-                field = field ^ 128 if width == 8 else field << (width * (v // width))
-                blocks[:, 64 * unit : 64 * unit + 64] |= field
-
-
-def _each_unit(bits: int) -> list[tuple[int, int, int, int]]:
-    """(width, lowest bit in the part, unit in the block, its first group) of each unit."""
-    found: list[tuple[int, int, int, int]] = []
-    for width, low in FIELDS[bits]:
-        start = len(found)
-        found += [(width, low, start + i, i) for i in range(width)]
-    return found
+        for key, at in held.places.lines.items():
+            blocks[:, at : at + LINE] = lines[key]
+        for place in held.places.fields:
+            field = numbers[place.group] >> place.low & np.uint8(2**place.width - 1)
+            unit = field << place.bit ^ np.uint8(128 * place.signed)
+            blocks[:, place.at : place.at + UNIT] |= unit
 
 
 # --- compiled ---------------------------------------------------------------------------------
 
 _WORDS, _HALVES = vec("i32", 16), vec("i16", 16)
-_ld, _st, _zero = loader(_WORDS), storer(_WORDS), const_of(_WORDS, [0])
-_ld_d, _st_d = loader(_HALVES), storer(_HALVES)
-_codes = stack_buffer(8 * 64)
+_ld, _st = loader(_WORDS), storer(_WORDS)
+_ld_line, _st_line = loader(_HALVES), storer(_HALVES)
 
 
-@(lambda f: operation(_WORDS, (_WORDS, types.intp, types.intp, types.intp), f))
-def _moved(context: Any, b: Any, sig: Any, args: Any) -> Any:
-    """moved(v, width, right, left) -> the `width` bits from `right` on of each byte, to `left`.
+def _bytes(b: Any, number: Any) -> Any:
+    """The low byte of `number` in each byte of a unit."""
+    return splat(b, b.mul(b.trunc(number, I32), I32(0x01010101)), _WORDS.n)
 
-    Whole bytes are q and become u = q + 128, or the reverse: their top bit turns. No bit of a field
-    leaves its byte, so words are shifted.
+
+@(lambda f: operation(_WORDS, (types.intp,), f))
+def _each_byte(context: Any, b: Any, sig: Any, args: Any) -> Any:
+    return _bytes(b, args[0])
+
+
+@(lambda f: operation(_WORDS, (_WORDS, types.intp, types.intp), f))
+def _turned(context: Any, b: Any, sig: Any, args: Any) -> Any:
+    """turned(words, left, mask) -> words rotated left; of each byte the bits of `mask`.
+
+    No bit of a field leaves its byte, so words are rotated.
     """
-    words = args[0]
-    width, right, left = (b.trunc(a, I32) for a in args[1:])
-    mask = b.sub(b.shl(I32(1), width), I32(1))
-    flip = b.shl(b.and_(width, I32(8)), I32(4))
-    n = words.type.count
-    mask, flip = (splat(b, b.mul(v, I32(0x01010101)), n) for v in (mask, flip))
-    field = b.xor(b.and_(b.lshr(words, splat(b, right, n)), mask), flip)
-    return b.shl(field, splat(b, left, n))
+    words, kind = args[0], args[0].type
+    left = splat(b, b.trunc(args[1], I32), kind.count)
+    rotate = declare(b, f"llvm.fshl.v{kind.count}i32", kind, [kind] * 3)
+    return b.and_(b.call(rotate, [words, words, left]), _bytes(b, args[2]))
 
 
-@kernel(void("i" * 8))
+@kernel(void("i" * 6))
 def move_bits_kernel(
-    n_blocks: int, d: int, d_step: int, d_out: int, d_out_step: int, fields: int, n_sources: int,
-    n_fields: int,
-) -> None:  # fmt: skip
-    """`fields` is the address of int64[n_fields, 4], see `_fields`; the sources come first.
-
-    `d`, `d_out`: addresses of the first scales to copy, or 0; a block of them is `d_step` bytes.
-    """
-    codes = _codes()
+    n_blocks: int, lines: int, n_lines: int, units: int, n_units: int, terms: int
+) -> None:
+    """The moves of `_Moves` with addresses and bytes of a block instead of places and numbers."""
     for block in range(n_blocks):
-        if d_out != 0:
-            _st_d(d_out + block * d_out_step, _ld_d(d + block * d_step))
-        for v in range(8):
-            _st(codes + 64 * v, _zero())
-        for f in range(n_fields):
-            at = ld_i64(fields + 32 * f) + block * ld_i64(fields + 32 * f + 8)
-            width, low = ld_i64(fields + 32 * f + 16), ld_i64(fields + 32 * f + 24)
-            for i in range(width):
-                unit = _zero()
-                if f < n_sources:
-                    unit = _ld(at + 64 * i)
-                for v in range(i, 8, width):  # the groups in unit i; v - i = width * (v // width)
-                    code = _ld(codes + 64 * v)
-                    if f < n_sources:
-                        _st(codes + 64 * v, vor(code, _moved(unit, width, v - i, low)))
-                    else:
-                        unit = vor(unit, _moved(code, width, low, v - i))
-                if f >= n_sources:
-                    _st(at + 64 * i, unit)
+        for i in range(n_lines):
+            row = lines + 32 * i
+            source = ld_i64(row) + block * ld_i64(row + 8)
+            _st_line(ld_i64(row + 16) + block * ld_i64(row + 24), _ld_line(source))
+        term = terms
+        for i in range(n_units):
+            row = units + 32 * i
+            unit = _each_byte(ld_i64(row + 16))
+            for _ in range(ld_i64(row + 24)):
+                source = ld_i64(term) + block * ld_i64(term + 8)
+                taken = _turned(_ld(source), ld_i64(term + 16), ld_i64(term + 24))
+                unit = vxor(unit, taken)
+                term += 32
+            _st(ld_i64(row) + block * ld_i64(row + 8), unit)
