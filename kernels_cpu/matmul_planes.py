@@ -73,7 +73,7 @@ def dot_twos(w: Any, xs: Any, acc: Any) -> Any:
 
 @inline
 def eight_threes(w: Any, acc: Any) -> Any:
-    """Units of 32 weights 0..7 in order: low bits as in `dot_twos`, then the high ones as in `_one`."""
+    """The units of 32 weights 0..7 in order, laid out as for `dot_threes`."""
     h, q, r = weights(acc, w + 128), weights(acc, w), weights(acc, w + 64)
     n_0, n_1, n_2, n_3 = _three_0(q, h), _three_1(r, h), _three_2(q, h), _three_3(r, h)
     return (

@@ -2,8 +2,8 @@
 
 A part of a nested pack holds some bits of each code of a matrix, its first part the scales as well
 (FORMAT.md). The first parts together are a base, a format with a kernel (`matmul_base`), and all of
-them are the matrix. `places` says where each bit lies in a part, a base and a tile; what differs
-between any two of these is a table of moves: of a unit of 64 bytes, turned and masked, into another.
+them are the matrix. `places` says where each bit lies in a part, a base and a tile; between any two
+of these lies a table of moves: of a unit of 64 bytes, turned and masked, into another.
 
 Owns: moving bits. Must not know: files, or which parts a matrix has.
 """
@@ -167,17 +167,17 @@ def move_bits_ref(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits
             lines[key] = blocks[:, at : at + LINE]
         for place in held.places.fields:
             unit = blocks[:, place.at : place.at + UNIT] ^ np.uint8(128 * place.signed)
-            field = unit >> place.bit & np.uint8(2**place.width - 1)
+            field = unit >> np.uint8(place.bit) & np.uint8(2**place.width - 1)
             before = numbers.get(place.group, np.zeros((n_blocks, UNIT), np.uint8))
-            numbers[place.group] = before | field << place.low
+            numbers[place.group] = before | field << np.uint8(place.low)
     for held in targets:
         blocks = held.data.reshape(n_blocks, held.places.nbytes)
         blocks[:] = 0
         for key, at in held.places.lines.items():
             blocks[:, at : at + LINE] = lines[key]
         for place in held.places.fields:
-            field = numbers[place.group] >> place.low & np.uint8(2**place.width - 1)
-            unit = field << place.bit ^ np.uint8(128 * place.signed)
+            field = numbers[place.group] >> np.uint8(place.low) & np.uint8(2**place.width - 1)
+            unit = field << np.uint8(place.bit) ^ np.uint8(128 * place.signed)
             blocks[:, place.at : place.at + UNIT] |= unit
 
 

@@ -6,7 +6,7 @@ of six-bit scales, four of each row, which are groups behind those of the codes.
 holds (d, m, the 8-bit scales of Q6_K) is moved as it is, 32 bytes at a time.
 
 Owns: `tile_places` and `part_places`. Places in tiles follow from the tables that make tiles
-(`layout_tables`, `packing`); those in parts are the contract of FORMAT.md. Must not know: addresses.
+(`layout_tables`, `packing`); those in parts are FORMAT.md's. Must not know: addresses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgert.kernels_cpu.layout_tables import PIECES, STEPS
 from edgert.quant.formats import CODE_BITS, BaseFormat, QuantFormat, part_block_bytes
 from edgert.quant.packing import layout
 
-__all__ = ["FIELDS", "Place", "Places", "part_places", "tile_places"]
+__all__ = ["FIELDS", "Place", "Places", "are_same", "part_places", "tile_places"]
 
 UNIT, LINE = 64, 32  # bytes of a unit, and of what is moved as it is
 _SCALE_BITS = 6
@@ -50,6 +50,12 @@ class Places:
     lines: dict[tuple[str, int], int]  # what is moved as it is: field and number -> where
     fields: tuple[Place, ...]
     bits: range  # of the codes
+
+
+@cache
+def are_same(one: Places, other: Places) -> bool:
+    """Every byte has the same place and meaning."""
+    return (one.lines, set(one.fields)) == (other.lines, set(other.fields))
 
 
 @cache
@@ -130,7 +136,7 @@ def part_places(fmt: QuantFormat, bits: int, low: int) -> Places:
 
 
 def _fields(at: int, bits: int, groups: range, low: int) -> list[Place]:
-    """`bits` bits of the numbers of some groups: group v in unit v mod u of each field's u units."""
+    """`bits` bits of the numbers of `groups`: of a field of u units group v is in unit v mod u."""
     found = []
     for width, lowest in FIELDS[bits]:
         units = width * len(groups) // 8

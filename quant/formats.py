@@ -123,7 +123,7 @@ _BASE_BITS = {8: (3, 4, 5), 6: (3, 4), 5: (3, 4), 4: (2, 3)}
 
 
 def part_block_bytes(fmt: QuantFormat, bits: int, is_first: bool) -> int:
-    """Bytes of a block of `fmt` in a part that holds `bits` bits of its codes, the first with scales."""
+    """Bytes of a block in a part that holds `bits` bits of its codes, and if it is first scales."""
     codes = fmt.block_size * CODE_BITS[fmt.name] // 8
     return fmt.block_size * bits // 8 + is_first * (fmt.block_bytes - codes)
 
