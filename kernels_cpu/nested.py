@@ -20,7 +20,7 @@ import numpy.typing as npt
 from numba import types
 
 from edgert.errors import InputError
-from edgert.kernels_cpu.jit import kernel, void
+from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.places import LINE, UNIT, Place, Places, part_places, tile_places
 from edgert.kernels_cpu.simd import ld_i64, loader, storer, vxor
 from edgert.kernels_cpu.vectors import I32, declare, operation, splat, vec
@@ -198,16 +198,57 @@ def _each_byte(context: Any, b: Any, sig: Any, args: Any) -> Any:
     return _bytes(b, args[0])
 
 
-@(lambda f: operation(_WORDS, (_WORDS, types.intp, types.intp), f))
+@(lambda f: operation(_WORDS, (_WORDS, types.intp, _WORDS), f))
 def _turned(context: Any, b: Any, sig: Any, args: Any) -> Any:
-    """turned(words, left, mask) -> words rotated left; of each byte the bits of `mask`.
+    """turned(words, left, mask) -> words rotated left, and of that the bits of `mask`.
 
     No bit of a field leaves its byte, so words are rotated.
     """
     words, kind = args[0], args[0].type
     left = splat(b, b.trunc(args[1], I32), kind.count)
     rotate = declare(b, f"llvm.fshl.v{kind.count}i32", kind, [kind] * 3)
-    return b.and_(b.call(rotate, [words, words, left]), _bytes(b, args[2]))
+    return b.and_(b.call(rotate, [words, words, left]), args[2])
+
+
+@inline
+def _move_units(block: Any, units: Any, n_units: Any, terms: Any) -> None:
+    term = terms
+    for i in range(n_units):
+        row = units + 32 * i
+        unit = _each_byte(ld_i64(row + 16))
+        for _ in range(ld_i64(row + 24)):
+            left, mask = ld_i64(term + 16), _each_byte(ld_i64(term + 24))
+            at = ld_i64(term) + block * ld_i64(term + 8)
+            unit = vxor(unit, _turned(_ld(at), left, mask))
+            term += 32
+        _st(ld_i64(row) + block * ld_i64(row + 8), unit)
+
+
+@inline
+def _move_four(block: Any, units: Any, n_units: Any, terms: Any) -> None:
+    """As `_move_units` of four blocks, so that a row of the table is read once for all."""
+    term = terms
+    for i in range(n_units):
+        row = units + 32 * i
+        one = _each_byte(ld_i64(row + 16))
+        two, three, four = one, one, one
+        for _ in range(ld_i64(row + 24)):
+            left, mask = ld_i64(term + 16), _each_byte(ld_i64(term + 24))
+            nbytes = ld_i64(term + 8)
+            at = ld_i64(term) + block * nbytes
+            one = vxor(one, _turned(_ld(at), left, mask))
+            two = vxor(two, _turned(_ld(at + nbytes), left, mask))
+            at += 2 * nbytes
+            three = vxor(three, _turned(_ld(at), left, mask))
+            four = vxor(four, _turned(_ld(at + nbytes), left, mask))
+            term += 32
+        nbytes = ld_i64(row + 8)
+        at = ld_i64(row) + block * nbytes
+        _st(at, one)
+        _st(at + nbytes, two)
+        at += 2 * nbytes
+        _st(at, three)
+        _st(at + nbytes, four)
 
 
 @kernel(void("i" * 6))
@@ -220,13 +261,7 @@ def move_bits_kernel(
             row = lines + 32 * i
             source = ld_i64(row) + block * ld_i64(row + 8)
             _st_line(ld_i64(row + 16) + block * ld_i64(row + 24), _ld_line(source))
-        term = terms
-        for i in range(n_units):
-            row = units + 32 * i
-            unit = _each_byte(ld_i64(row + 16))
-            for _ in range(ld_i64(row + 24)):
-                source = ld_i64(term) + block * ld_i64(term + 8)
-                taken = _turned(_ld(source), ld_i64(term + 16), ld_i64(term + 24))
-                unit = vxor(unit, taken)
-                term += 32
-            _st(ld_i64(row) + block * ld_i64(row + 8), unit)
+        if block & 3 == 3:
+            _move_four(block - 3, units, n_units, terms)
+    for block in range(n_blocks & -4, n_blocks):
+        _move_units(block, units, n_units, terms)
