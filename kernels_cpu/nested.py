@@ -68,23 +68,16 @@ def move_bits(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -
 
     Raises InputError when one has not the bytes of `n_blocks` blocks or bits are missing.
     """
-    _check(n_blocks, sources, targets)
+    _check(n_blocks, (*sources, *targets))
     moves = _moves(tuple(s.places for s in sources), tuple(t.places for t in targets))
-    lines, units, terms = moves.lines.copy(), moves.units.copy(), moves.terms.copy()
-    for rows, column, held in (
-        (lines, 0, sources), (lines, 2, targets), (units, 0, targets), (terms, 0, sources),
-    ):  # fmt: skip
-        places = np.array([(b.data.ctypes.data, b.places.nbytes) for b in held], np.int64)
-        which = rows[:, column + 1]
-        rows[:, column] += places[which, 0]
-        rows[:, column + 1] = places[which, 1]
-    move_bits_kernel(
-        n_blocks, lines.ctypes.data, len(lines), units.ctypes.data, len(units), terms.ctypes.data
-    )
+    addresses = np.array([b.data.ctypes.data for b in (*sources, *targets)], np.int64)
+    table = moves.table.copy()
+    table[:, 0] += addresses[moves.which]
+    move_bits_kernel(n_blocks, table.ctypes.data, moves.n_lines, moves.n_units)
 
 
-def _check(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> None:
-    for bits in (*sources, *targets):
+def _check(n_blocks: int, held: Sequence[Bits]) -> None:
+    for bits in held:
         wanted = n_blocks * bits.places.nbytes
         data = bits.data
         if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != wanted:
@@ -92,46 +85,52 @@ def _check(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> N
                 f"{len(bits.places.bits)} bits of {n_blocks:,} blocks must be {wanted:,} "
                 f"contiguous bytes, not {data.dtype} {list(data.shape)}"
             )
-    have = {bit for part in sources for bit in part.places.bits}
-    want = {bit for part in targets for bit in part.places.bits}
-    if not want <= have:
-        raise InputError(f"bits {sorted(want - have)} of the codes are in no part")
 
 
 # --- the moves --------------------------------------------------------------------------------
 
 
 class _Moves(NamedTuple):
-    """What the kernel does for a block; `which` is the number of a source or target."""
+    """What the kernel does for a block: rows (at, bytes of a block, ...) of sources and targets.
 
-    lines: _I64  # [n, 4]: at, which source, at, which target
-    units: _I64  # [n, 4]: at, which target, bits to turn, number of terms
-    terms: _I64  # [n, 4]: at, which source, turn left by, mask
+    First two for each line: from, to. Then the units that are written, (..., bits to turn, number
+    of terms), then the terms, (..., turn left by, mask).
+    """
+
+    table: _I64  # [n, 4]
+    which: _I64  # [n]: the number of the source, or of the target behind all sources
+    n_lines: int
+    n_units: int
 
 
 @cache
 def _moves(sources: tuple[Places, ...], targets: tuple[Places, ...]) -> _Moves:
-    lines = [
-        (at, s, targets[t].lines[key], t)
-        for t in range(len(targets))
-        for s in range(len(sources))
-        for key, at in sources[s].lines.items()
-        if key in targets[t].lines
-    ]
-    units, terms = [], []
-    for t, target in enumerate(targets):
+    have = {bit for source in sources for bit in source.bits}
+    want = {bit for target in targets for bit in target.bits}
+    if not want <= have:
+        raise InputError(f"bits {sorted(want - have)} of the codes are in no part")
+    lines: list[tuple[int, ...]] = []
+    units: list[tuple[int, ...]] = []
+    terms: list[tuple[int, ...]] = []
+    for t, target in enumerate(targets, len(sources)):
+        for s, source in enumerate(sources):
+            for line, at in source.lines.items():
+                if line in target.lines:
+                    lines += [(at, s, 0, 0), (target.lines[line], t, 0, 0)]
         for at in dict.fromkeys(place.at for place in target.fields):
-            found = _terms(sources, [place for place in target.fields if place.at == at])
-            turned = 0
+            wanted = [place for place in target.fields if place.at == at]
+            turned = 128 * any(place.signed for place in wanted)
             masks: dict[tuple[int, int, int], int] = {}
-            for s, source, mask, left in found:
-                turned ^= mask & _moved(128 * source.signed, left)
-                key = (source.at, s, left % 32)
+            for s, field, mask, left in _terms(sources, wanted):
+                turned ^= mask & _moved(128 * field.signed, left)
+                key = (field.at, s, left % 32)
                 masks[key] = masks.get(key, 0) | mask
-            turned ^= 128 * any(place.signed for place in target.fields)
             units.append((at, t, turned, len(masks)))
             terms += [(*key, mask) for key, mask in masks.items()]
-    return _Moves(*(np.array(rows, np.int64).reshape(-1, 4) for rows in (lines, units, terms)))
+    table = np.array([*lines, *units, *terms], np.int64)
+    which = table[:, 1].copy()
+    table[:, 1] = np.array([places.nbytes for places in (*sources, *targets)])[which]
+    return _Moves(table, which, len(lines) // 2, len(units))
 
 
 def _terms(
@@ -158,7 +157,7 @@ def _moved(byte: int, left: int) -> int:
 
 def move_bits_ref(n_blocks: int, sources: Sequence[Bits], targets: Sequence[Bits]) -> None:
     """As `move_bits`, in NumPy: by way of the numbers of each group."""
-    _check(n_blocks, sources, targets)
+    _check(n_blocks, (*sources, *targets))
     numbers: dict[int, _U8] = {}
     lines: dict[tuple[str, int], _U8] = {}
     for held in sources:
@@ -251,16 +250,16 @@ def _move_four(block: Any, units: Any, n_units: Any, terms: Any) -> None:
         _st(at + nbytes, four)
 
 
-@kernel(void("i" * 6))
-def move_bits_kernel(
-    n_blocks: int, lines: int, n_lines: int, units: int, n_units: int, terms: int
-) -> None:
-    """The moves of `_Moves` with addresses and bytes of a block instead of places and numbers."""
+@kernel(void("i" * 4))
+def move_bits_kernel(n_blocks: int, table: int, n_lines: int, n_units: int) -> None:
+    """`table`: the address of that of `_Moves`, with addresses for places."""
+    units = table + 64 * n_lines
+    terms = units + 32 * n_units
     for block in range(n_blocks):
         for i in range(n_lines):
-            row = lines + 32 * i
+            row = table + 64 * i
             source = ld_i64(row) + block * ld_i64(row + 8)
-            _st_line(ld_i64(row + 16) + block * ld_i64(row + 24), _ld_line(source))
+            _st_line(ld_i64(row + 32) + block * ld_i64(row + 40), _ld_line(source))
         if block & 3 == 3:
             _move_four(block - 3, units, n_units, terms)
     for block in range(n_blocks & -4, n_blocks):
