@@ -130,12 +130,15 @@ def _requantised(
 def _quantised(
     needs: Mapping[str, TensorNeed], manifest: Manifest, fmt: QuantFormat
 ) -> dict[str, QuantFormat]:
-    """What `fmt` is for: most of the weights, and eight bits only for those that have more."""
-    found = {n.name for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1}
+    """What `fmt` is for: most of the weights; of eight bits those that have more, in rows of whole
+    blocks (files of 8 bits keep others in 16, too).
+    """
+    found = [n for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1]
     if fmt is _EIGHT_BITS:
-        found |= {n.name for n in needs.values() if n.role is TensorRole.LM_HEAD}
-        found = {name for name in found if manifest.tensors[name].format.is_float}
-    return dict.fromkeys(found, fmt)
+        found += [n for n in needs.values() if n.role is TensorRole.LM_HEAD]
+        found = [n for n in found if manifest.tensors[n.name].format.is_float]
+        found = [n for n in found if n.shape[-1] % fmt.block_size == 0]
+    return {n.name: fmt for n in found}
 
 
 def _format(type_name: str) -> QuantFormat | None:

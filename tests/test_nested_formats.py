@@ -218,6 +218,22 @@ def test_a_16_bit_file_in_8_bits_and_nested(tmp_path: Path, fmt: str) -> None:
     assert logits(out, None) == logits(out, 0) == wanted != logits(tmp_path / "m.gguf", None)
 
 
+def test_8_bits_where_rows_are_whole_blocks(tmp_path: Path) -> None:
+    model = build("llama_narrow", "F16")
+    tensors = {
+        name: (fmt, (*shape[:-1], 150), raw[: len(raw) // 160 * 150]) if "ffn_down" in name
+        else (fmt, (150, 64), raw[: len(raw) // 160 * 150]) if "ffn_" in name and len(shape) > 1
+        else (fmt, shape, raw)
+        for name, (fmt, shape, raw) in model.tensors.items()
+    }  # fmt: skip
+    write_gguf(tmp_path / "m.gguf", model.metadata | {"llama.feed_forward_length": 150}, tensors)
+    manifest = edgert.pack_model(
+        tmp_path / "m.gguf", tmp_path / "m", type_name="Q8_0", nested="auto"
+    )
+    assert splits(manifest) == {("Q8_0", "3+1+4"), ("F16", "tiles"), ("F16", "rows")}
+    assert all(t.format.name == "F16" for t in manifest.tensors.values() if "ffn_down" in t.name)
+
+
 def test_8_bits_leave_smaller_formats_alone(mixed: Path, tmp_path: Path) -> None:
     manifest = edgert.pack_model(mixed, tmp_path / "a", type_name="Q8_0")
     assert splits(manifest) == {
