@@ -73,10 +73,9 @@ def pack_model(
     are lossy. `nested`: the bits of the parts in which codes of a matrix are kept, most significant
     first: "4+4" for codes of 8 bits (Q8_0), "4+2" of 6 (Q6_K), "4+1" of 5 (Q5_0, Q5_1, Q5_K),
     "3+1" of 4 (Q4_0, Q4_1, Q4_K), several with commas between, or "auto"; other matrices are kept
-    whole. The
-    weights stay the same, and the first
-    parts alone are a model as well. `refine=False` rounds to nearest
-    instead of searching scales: half the time, for measurements. `force` replaces `out`.
+    whole. The weights stay the same, and the first parts alone are a model as well.
+    `refine=False` rounds to nearest instead of searching scales: half the time, for measurements.
+    `force` replaces `out`.
     `formats`: tensor by tensor, by name, instead of `type_name`; `importance`: what the error of
     each column of a tensor counts (`quantize_planes`). `on_progress` gets "pack" or "verify" and
     bytes of data.
