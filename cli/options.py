@@ -300,7 +300,7 @@ def load_options_without_budget(function: F) -> F:
             "--quality-bits",
             metavar="BITS",
             callback=_quality_bits,
-            help="Of a nested pack, use only these top bits of 8: smaller, and lossy. auto: as "
+            help="Of a nested pack, use only these top bits (8: all): smaller, and lossy. auto: as "
             "many as fit without streaming.",
         ),
         _option(

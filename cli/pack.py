@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import click
 
 import edgert
-from edgert import format_bytes
+from edgert import Manifest, format_bytes
 from edgert.cli.options import ModelOptions, debug_options, model_argument
 from edgert.cli.progress import Progress
 from edgert.cli.report import note
 
 __all__ = ["pack"]
 
-_TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32, 128)))
+_TYPES = ("keep", "Q8_0", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32, 128)))
 
 
 @click.command()
@@ -30,16 +31,18 @@ _TYPES = ("keep", *(f"P{bits}_{group}" for bits in (1, 2, 3, 4) for group in (32
     default="keep",
     show_default=True,
     help="keep: the same weights to the bit. P3_128: attention and feed-forward matrices in 3 "
-    "bits with a scale for 128 weights, and so on: smaller, and lossy.",
+    "bits with a scale for 128 weights, and so on: smaller, and lossy. Q8_0: matrices of F32, F16 "
+    "and BF16 in 8 bits, others as they are: lossy, but can be nested.",
 )
 @click.option(
     "--nested",
     is_flag=False,
-    flag_value="3+1+4",
+    flag_value="auto",
     metavar="BITS",
-    help="Keep matrices of Q8_0 in parts of these bits, top ones first: the same weights to the "
-    "bit, whose first 3 to 5 bits can stay in memory and guess tokens while the rest is "
-    "streamed. Without BITS 3+1+4: 3 or 4 bits, as the budget allows, and the rest in one read.",
+    help="Keep the codes of matrices in parts of these bits, top ones first: the same weights to "
+    "the bit, whose first parts can stay in memory and guess tokens while the rest is streamed. "
+    "Each of BITS is for codes of so many bits on the whole: 8 in Q8_0, 6 in Q6_K, 5 in Q5_0, Q5_1 "
+    "and Q5_K, 4 in Q4_0, Q4_1 and Q4_K; others stay whole. Without BITS 3+1+4,4+2,4+1,3+1.",
 )
 @click.option("--nearest", is_flag=True, help="Round to nearest: half the time, less exact.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -63,7 +66,19 @@ def pack(
         )  # fmt: skip
     nbytes = manifest.file_bytes[0]
     share = nbytes / sum(edgert.read_manifest(source).file_bytes)
+    if nested:
+        note(nested_text(manifest))
     note(
         f"{out}: {format_bytes(nbytes)}, {100 * share:.0f} % of the source, written and verified "
         f"in {time.perf_counter() - begin:.1f} s"
     )
+
+
+def nested_text(manifest: Manifest) -> str:
+    """Which matrices are in parts, and which are whole, by format."""
+    found = Counter(
+        (t.format.name, "+".join(map(str, t.part_bits)) or "whole")
+        for t in manifest.tensors.values()
+        if len(t.shape) == 2 and t.layout != "rows"
+    )
+    return ", ".join(f"{n} matrices of {name} {how}" for (name, how), n in sorted(found.items()))

@@ -89,7 +89,7 @@ class LoadOptions:
     threads: int | None = None
     kv_cache_type: str = "f16"
     prefill_tokens: int | None = None  # tokens computed together while reading the prompt
-    quality_bits: int | str | None = None  # of 8, from a nested pack: lossy; "auto": what fits
+    quality_bits: int | str | None = None  # top ones, of a nested pack: lossy; "auto": what fits
 
     def __post_init__(self) -> None:
         _check_budget(self.memory_budget)

@@ -92,14 +92,14 @@ def at_quality(
         return opened, options
     if not manifest.base_bits:
         raise InputError(
-            f"{opened.path} is not nested, so it has no {bits} bits of 8; make it one with "
+            f"{opened.path} is not nested, so it has no top {bits} bits; make it one with "
             "edgert pack --nested"
         )
     models = {b: replace(opened, manifest=manifest.base(b)) for b in manifest.base_bits}
     if bits != "auto":
         if bits not in models:
             has = ", ".join(map(str, models))
-            raise InputError(f"{opened.path} has {has} or all 8 bits, not {bits}")
+            raise InputError(f"{opened.path} has {has} top bits or all of them (8), not {bits}")
         return models[int(bits)], options
     full = planner(opened, options, process, None)(sys.maxsize).full_bytes
     budget = resolve_budget(options.memory_budget, full, available_bytes())

@@ -18,7 +18,7 @@ from edgert.errors import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
 from edgert.models.tensors import TensorNeed, check_tensors
-from edgert.quant.formats import BASES, QuantFormat
+from edgert.quant.formats import QuantFormat
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
 from edgert.storage.model_file import read_magic
@@ -55,7 +55,7 @@ class Opened:
         formats: set[QuantFormat] = {
             t.format for t in self.manifest.tensors.values() if len(t.shape) > 1
         }
-        formats |= {BASES[b] for t in self.manifest.tensors.values() for b in t.base_bits}
+        formats |= {t.base_format(b) for t in self.manifest.tensors.values() for b in t.base_bits}
         names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))
         splits = {
             f"{t.format.name}:{'+'.join(map(str, t.split(b)))}"

@@ -25,16 +25,16 @@ from edgert.kernels_cpu.plane_fit import quantize_planes
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.opening import open_model
 from edgert.pack_pieces import write_pieces
-from edgert.quant.formats import BASES, PLANES, PlaneFormat, QuantFormat
+from edgert.pack_splits import Splits, nothing_nested, read_splits, split_of
+from edgert.quant.formats import BY_NAME, PLANES, PlaneFormat, QuantFormat
+from edgert.quant.quantize import quantize_ref
 from edgert.storage.backend import FileBackend
 from edgert.storage.gguf import metadata_bytes
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.pack import (
     MAGIC,
-    NESTED_FORMAT,
     PAGE,
     PART,
-    PARTS_MAX,
     encode_index,
     part_bytes,
 )
@@ -44,6 +44,8 @@ from edgert.units import align_up
 __all__ = ["check_output", "pack_model"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
+
+_EIGHT_BITS = BY_NAME["Q8_0"]
 
 # What a plane format is for: most of the weights. The router decides which experts run.
 _QUANTISED = frozenset({
@@ -60,17 +62,20 @@ def pack_model(
     nested: str | None = None,
     refine: bool = True,
     force: bool = False,
-    formats: Mapping[str, PlaneFormat] | None = None,
+    formats: Mapping[str, QuantFormat] | None = None,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     on_progress: Progress | None = None,
 ) -> Manifest:
     """Write the GGUF model `source` as the pack `out`, verify it, and return its manifest.
 
-    `type_name`: "keep" for the very weights of the source, or a plane format ("P3_128") for the
-    matrices of attention and feed-forward, which is lossy. `nested`: the bits of the parts in which
-    matrices of Q8_0 are kept, most significant first ("4+4"): the same weights, of which the first
-    parts alone are a model as well. `refine=False` rounds to nearest
-    instead of searching scales: half the time, for measurements. `force` replaces `out`.
+    `type_name`: "keep" for the very weights of the source, a plane format ("P3_128") for the
+    matrices of attention and feed-forward, or "Q8_0" for those in 16 or 32 bits and the head; both
+    are lossy. `nested`: the bits of the parts in which codes of a matrix are kept, most significant
+    first: "4+4" for codes of 8 bits (Q8_0), "4+2" of 6 (Q6_K), "4+1" of 5 (Q5_0, Q5_1, Q5_K),
+    "3+1" of 4 (Q4_0, Q4_1, Q4_K), several with commas between, or "auto"; other matrices are kept
+    whole. The weights stay the same, and the first parts alone are a model as well.
+    `refine=False` rounds to nearest instead of searching scales: half the time, for measurements.
+    `force` replaces `out`.
     `formats`: tensor by tensor, by name, instead of `type_name`; `importance`: what the error of
     each column of a tensor counts (`quantize_planes`). `on_progress` gets "pack" or "verify" and
     bytes of data.
@@ -80,18 +85,18 @@ def pack_model(
     is the source, cannot be made), `EdgertError` (disk full), and as `load` does for the source.
     """
     source, out = Path(source), Path(out)
-    fmt, split = _format(type_name), _split(nested, type_name)
+    fmt, splits = _format(type_name), read_splits(nested, type_name)
     opened = open_model(source)
     manifest = opened.manifest
     check_output(manifest, out, force)
     needs = check_tensors(opened.spec, manifest.tensors)
     if formats is None:
-        wanted = [n.name for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1]
-        formats = {} if fmt is None else dict.fromkeys(wanted, fmt)
+        formats = {} if fmt is None else _quantised(needs, manifest, fmt)
     importance = importance or {}
-    placed, data_bytes = _placed(needs, manifest, formats, split)
-    if split and not any(entry.parts for entry in placed):
-        raise InputError(f"{source} has no matrix in {NESTED_FORMAT.name} that could be nested")
+    placed, data_bytes = _placed(needs, manifest, formats, splits)
+    if splits and not any(entry.parts for entry in placed):
+        matrices = [e.format for e in placed if needs[e.name].kind == "matrix"]
+        raise InputError(f"{source} {nothing_nested(matrices, splits)}")
     n_keys, metadata = metadata_bytes(manifest.files[0])
     start = data_offset_of(len(encode_index(n_keys, metadata, placed)), data_bytes)
     index = encode_index(n_keys, metadata, [_moved(entry, start) for entry in placed])
@@ -100,49 +105,49 @@ def pack_model(
     with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
-            planes = partial(_planes, refine=refine, importance=importance)
-            write_pieces(writer, placed, manifest, backend, planes, data_bytes, on_progress)
+            requantise = partial(_requantised, refine=refine, importance=importance)
+            write_pieces(writer, placed, manifest, backend, requantise, data_bytes, on_progress)
         finally:
             backend.close()
         writer.finish(on_progress and (lambda done, total: on_progress("verify", done, total)))
     return open_model(out).manifest
 
 
-def _planes(
+def _requantised(
     target: TensorEntry,
     weights: npt.NDArray[np.float32],
     refine: bool,
     importance: Mapping[str, npt.NDArray[np.float32]],
 ) -> npt.NDArray[np.uint8]:
-    """Weights [rows, columns] in the plane format of `target`."""
+    """Weights [rows, columns] in the format of `target`."""
     fmt = target.format
-    assert isinstance(fmt, PlaneFormat)
-    return quantize_planes(fmt, weights, importance.get(target.name), refine=refine)
+    if isinstance(fmt, PlaneFormat):
+        return quantize_planes(fmt, weights, importance.get(target.name), refine=refine)
+    return quantize_ref(fmt, weights)
 
 
-def _format(type_name: str) -> PlaneFormat | None:
+def _quantised(
+    needs: Mapping[str, TensorNeed], manifest: Manifest, fmt: QuantFormat
+) -> dict[str, QuantFormat]:
+    """What `fmt` is for: most of the weights; of eight bits those that have more, in rows of whole
+    blocks (files of 8 bits keep others in 16, too).
+    """
+    found = [n for n in needs.values() if n.role in _QUANTISED and len(n.shape) > 1]
+    if fmt is _EIGHT_BITS:
+        found += [n for n in needs.values() if n.role is TensorRole.LM_HEAD]
+        found = [n for n in found if manifest.tensors[n.name].format.is_float]
+        found = [n for n in found if n.shape[-1] % fmt.block_size == 0]
+    return {n.name: fmt for n in found}
+
+
+def _format(type_name: str) -> QuantFormat | None:
     if type_name == "keep":
         return None
+    if type_name == _EIGHT_BITS.name:
+        return _EIGHT_BITS
     if type_name not in PLANES:
-        raise InputError(f"{type_name!r} is not keep or one of {' '.join(PLANES)}")
+        raise InputError(f"{type_name!r} is not keep, Q8_0 or one of {' '.join(PLANES)}")
     return PLANES[type_name]
-
-
-def _split(nested: str | None, type_name: str) -> tuple[int, ...]:
-    """The bits of each part of a nested matrix; () when none is nested."""
-    if nested is None:
-        return ()
-    if type_name != "keep":
-        raise InputError(f"matrices cannot be both nested and {type_name}; choose one")
-    parts = nested.split("+")
-    bits = tuple(int(part) for part in parts if part.isdecimal() and int(part) > 0)
-    widths = [sum(bits[: i + 1]) for i in range(len(bits))]
-    if len(bits) != len(parts) or sum(bits) != 8 or not 2 <= len(bits) <= PARTS_MAX:
-        raise InputError(f"{nested!r} is not 2 to {PARTS_MAX} numbers that make 8, as 4+4 or 3+1+4")
-    if not any(width in BASES for width in widths):
-        bases = " or ".join(map(str, BASES))
-        raise InputError(f"no first parts of {nested!r} make the {bases} bits of a base")
-    return bits
 
 
 def check_output(manifest: Manifest, out: Path, force: bool) -> None:
@@ -167,8 +172,8 @@ def check_output(manifest: Manifest, out: Path, force: bool) -> None:
 def _placed(
     needs: dict[str, TensorNeed],
     manifest: Manifest,
-    formats: Mapping[str, PlaneFormat],
-    split: tuple[int, ...],
+    formats: Mapping[str, QuantFormat],
+    splits: Splits,
 ) -> tuple[list[TensorEntry], int]:
     """The tensors in file order, with offsets from the start of the data, and its bytes."""
     entries: list[TensorEntry] = []
@@ -184,7 +189,8 @@ def _placed(
                 at += nbytes
                 record = []
             continue
-        if split and need.kind == "matrix" and entry.format is NESTED_FORMAT:
+        split = split_of(entry.format, splits)
+        if split and need.kind == "matrix":
             entry = _nested(entry, split)
         entries.append(_moved(entry, at))
         last = (entry.parts or (entry.extent,))[-1]
@@ -193,16 +199,15 @@ def _placed(
     return entries, at
 
 
-def _target(need: TensorNeed, source: TensorEntry, fmt: PlaneFormat | None) -> TensorEntry:
+def _target(need: TensorNeed, source: TensorEntry, fmt: QuantFormat | None) -> TensorEntry:
     """What becomes of a tensor; its extent begins at 0."""
-    found: QuantFormat = source.format
-    if fmt is not None:
-        found = fmt
-        if need.shape[-1] % fmt.block_size:
-            raise UnsupportedError(
-                f"tensor {need.name!r} has rows of {need.shape[-1]:,} weights, not a multiple of "
-                f"the {fmt.block_size} of {fmt.name}; P{fmt.bits}_32 has groups of 32"
-            )
+    found = source.format if fmt is None else fmt
+    if need.shape[-1] % found.block_size:
+        other = f"; P{found.bits}_32 has groups of 32" if isinstance(found, PlaneFormat) else ""
+        raise UnsupportedError(
+            f"tensor {need.name!r} has rows of {need.shape[-1]:,} weights, not a multiple of "
+            f"the {found.block_size} of {found.name}{other}"
+        )
     if need.kind in ("vector", "embedding"):
         return replace(source, extent=Extent(0, 0, source.extent.nbytes))
     extent = Extent(0, 0, matrix_bytes(found, *source.shape[-2:]))
@@ -227,7 +232,7 @@ def _nested(entry: TensorEntry, split: tuple[int, ...]) -> TensorEntry:
     parts: list[Extent] = []
     at = 0
     for i, bits in enumerate(split):
-        parts.append(Extent(0, at, part_bytes(bits, i == 0, *entry.shape)))
+        parts.append(Extent(0, at, part_bytes(entry.format, bits, i == 0, *entry.shape)))
         at += align_up(parts[-1].nbytes, PAGE)
     whole = Extent(0, 0, sum(part.nbytes for part in parts))
     return replace(entry, extent=whole, layout="nested", parts=tuple(parts), part_bits=split)

@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, repack
 from edgert.placing import split_parts
-from edgert.quant.formats import PlaneFormat
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.backend import FileBackend, aligned_range
 from edgert.storage.manifest import Manifest, TensorEntry
@@ -34,7 +33,7 @@ __all__ = ["write_pieces"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
 _Bytes = npt.NDArray[np.uint8]
-Planes = Callable[[TensorEntry, npt.NDArray[np.float32]], _Bytes]  # what quantises, by target
+Requantise = Callable[[TensorEntry, npt.NDArray[np.float32]], _Bytes]  # by target
 _Made = dict[int | None, _Bytes]  # by part
 
 _PIECE_BYTES = 2 * MIB  # of the source made at a time
@@ -97,7 +96,7 @@ def _cut(
 def _bytes_of(target: TensorEntry, rows: int, part: int | None) -> int:
     columns = target.shape[-1]
     if part is not None:
-        return part_bytes(target.part_bits[part], part == 0, rows, columns)
+        return part_bytes(target.format, target.part_bits[part], part == 0, rows, columns)
     if target.layout == "rows":
         return rows * target.format.row_bytes(columns)
     return matrix_bytes(target.format, rows, columns)
@@ -108,13 +107,13 @@ def write_pieces(
     placed: Sequence[TensorEntry],
     manifest: Manifest,
     backend: FileBackend,
-    planes: Planes,
+    requantise: Requantise,
     data_bytes: int,
     on_progress: Progress | None,
 ) -> None:
     """Make the tensors' bytes in threads and append them in order, from where the writer is.
 
-    `planes` makes weights [rows, columns] those of a tensor in a plane format.
+    `requantise` makes weights [rows, columns] those of a tensor in another format.
     """
     pieces = list(_pieces(placed, manifest))
     longest = max(p.rows * p.source.format.row_bytes(p.source.shape[-1]) for p in pieces)
@@ -124,7 +123,7 @@ def write_pieces(
         if not hasattr(local, "staging"):
             room = mmap.mmap(-1, align_up(longest, PAGE) + PAGE)
             local.staging = np.frombuffer(room, np.uint8)
-        return _made(piece, backend, local.staging, planes)
+        return _made(piece, backend, local.staging, requantise)
 
     pool = ThreadPoolExecutor(_THREADS, "edgert-pack")
     made: deque[tuple[_Piece, Future[_Made]]] = deque()
@@ -157,7 +156,7 @@ def _append(writer: PackWriter, piece: _Piece, made: Future[_Made]) -> None:
     writer.append(data[writer.position - piece.offset :].data)
 
 
-def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, planes: Planes) -> _Made:
+def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, requantise: Requantise) -> _Made:
     """The bytes of a piece as they go into the file, and of the other parts that it is to make."""
     source, target, columns = piece.source, piece.target, piece.source.shape[-1]
     extent = source.rows(piece.first_row, piece.first_row + piece.rows)
@@ -166,9 +165,9 @@ def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, planes: Planes) 
     raw = staging[skip : skip + extent.nbytes]
     if target.layout == "rows":
         return {None: raw.copy()}
-    if isinstance(target.format, PlaneFormat) and target.format is not source.format:
+    if target.format is not source.format:
         weights = dequantize_ref(source.format, raw).reshape(piece.rows, columns)
-        raw = planes(target, weights).reshape(-1)
+        raw = requantise(target, weights).reshape(-1)
     tiles = np.empty(matrix_bytes(target.format, piece.rows, columns), np.uint8)
     repack(target.format, raw, piece.rows, columns, tiles)
     if piece.part is None:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from edgert.expert_records import RecordPart
 from edgert.kernels_cpu.layout import repack, tile_count
-from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
-from edgert.quant.formats import BaseFormat
+from edgert.kernels_cpu.nested import Bits, move_bits, part_bytes, part_of, tiles_of
+from edgert.kernels_cpu.places import are_same
+from edgert.quant.formats import CODE_BITS, BaseFormat, QuantFormat
 from edgert.storage.manifest import Manifest, TensorEntry
 
 __all__ = [
@@ -27,10 +28,9 @@ _Bytes = npt.NDArray[np.uint8]
 
 def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
     """Write `n_rows` rows of a matrix to `out` in tiles; `raw` is what `entry.extents` names."""
-    if isinstance(entry.format, BaseFormat) and entry.layout == "nested":
-        place_base(entry, entry.format.bits, n_rows, raw, out)
-    elif entry.layout == "nested":
-        place_refined(entry, entry.part_bits[0], n_rows, raw[0], raw[1:], out)
+    if entry.layout == "nested":
+        n_blocks, parts = _blocks(entry, n_rows), _parts(entry, 0, raw)
+        _put_together(n_blocks, parts, tiles_of(entry.format, out))
     elif entry.layout == "tiles":
         out[:] = raw[0]
     else:
@@ -40,25 +40,24 @@ def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Byt
 def place_base(
     entry: TensorEntry, bits: int, n_rows: int, raw: Sequence[_Bytes], out: _Bytes
 ) -> None:
-    """Write the base of `bits` bits of `n_rows` rows to `out`, in tiles of `BASES[bits]`.
+    """Write the base of `bits` bits of `n_rows` rows to `out`, in tiles of that base's format.
 
     `raw`: the first `entry.base_parts(bits)` parts of these rows, as the file holds them.
     """
-    if len(raw) == 1:
-        out[:] = raw[0]
-        return
-    move_bits(_blocks(entry, n_rows), _parts(entry, 0, raw), [Part(out, 8 - bits, bits)])
+    base = tiles_of(entry.base_format(bits), out)
+    _put_together(_blocks(entry, n_rows), _parts(entry, 0, raw), base)
 
 
 def place_refined(
     entry: TensorEntry, bits: int, n_rows: int, base: _Bytes, raw: Sequence[_Bytes], out: _Bytes
 ) -> None:
-    """Write `n_rows` rows to `out` in tiles of Q8_0, to the bit those of the source.
+    """Write `n_rows` rows to `out` in tiles of the matrix' format, to the bit those of the source.
 
     `base`: the same rows as `place_base` wrote them; `raw`: their other parts as in the file.
     """
+    held = tiles_of(entry.base_format(bits), base)
     rest = _parts(entry, entry.base_parts(bits), raw)
-    move_bits(_blocks(entry, n_rows), [Part(base, 8 - bits, bits), *rest], [Part(out, 0, 8)])
+    move_bits(_blocks(entry, n_rows), [held, *rest], [tiles_of(entry.format, out)])
 
 
 def place_addresses(base: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
@@ -69,26 +68,36 @@ def place_addresses(base: int, raw: Sequence[_Bytes], out: _Bytes) -> None:
 def split_parts(
     entry: TensorEntry, numbers: Sequence[int], n_rows: int, tiles: _Bytes
 ) -> list[_Bytes]:
-    """Parts `numbers`, as the file is to hold them, of `n_rows` rows in `tiles` of Q8_0."""
-    n_blocks = _blocks(entry, n_rows)
+    """Parts `numbers`, as the file is to hold them, of `n_rows` rows in `tiles`."""
+    n_blocks, fmt = _blocks(entry, n_rows), entry.format
     parts = []
     for i in numbers:
-        bits, low = entry.part_bits[i], 8 - sum(entry.part_bits[: i + 1])
-        parts.append(Part(np.empty(part_bytes(bits, low, n_blocks), np.uint8), low, bits))
-    move_bits(n_blocks, [Part(tiles, 0, 8)], parts)
+        bits, low = entry.part_bits[i], CODE_BITS[fmt.name] - sum(entry.part_bits[: i + 1])
+        room = np.empty(part_bytes(fmt, bits, i == 0, n_blocks), np.uint8)
+        parts.append(part_of(fmt, bits, low, room))
+    move_bits(n_blocks, [tiles_of(fmt, tiles)], parts)
     return [part.data for part in parts]
+
+
+def _put_together(n_blocks: int, parts: Sequence[Bits], out: Bits) -> None:
+    """Tiles from parts that hold all their bits: one that lies as they do is copied."""
+    if len(parts) == 1 and are_same(parts[0].places, out.places):
+        out.data[:] = parts[0].data
+    else:
+        move_bits(n_blocks, parts, [out])
 
 
 def _blocks(entry: TensorEntry, n_rows: int) -> int:
     return tile_count(n_rows) * (entry.shape[-1] // entry.format.block_size)
 
 
-def _parts(entry: TensorEntry, first: int, raw: Sequence[_Bytes]) -> list[Part]:
+def _parts(entry: TensorEntry, first: int, raw: Sequence[_Bytes]) -> list[Bits]:
     """`raw` as the parts from number `first` on."""
-    low, parts = 8 - sum(entry.part_bits[:first]), []
+    fmt: QuantFormat = entry.format.of if isinstance(entry.format, BaseFormat) else entry.format
+    low, parts = CODE_BITS[fmt.name] - sum(entry.part_bits[:first]), []
     for bits, data in zip(entry.part_bits[first:], raw, strict=False):
         low -= bits
-        parts.append(Part(data, low, bits))
+        parts.append(part_of(fmt, bits, low, data))
     return parts
 
 

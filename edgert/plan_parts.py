@@ -20,7 +20,7 @@ from edgert.kernels_cpu.matmul import takes_quantized_input
 from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
-from edgert.quant.formats import BASES, QuantFormat
+from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import parts_bytes
@@ -221,7 +221,10 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     def held(n: int) -> tuple[int, tuple[Base, ...]]:
         """What `n` rows take in memory, whole and as bases."""
         widths = [(bits, entry.base_parts(bits)) for bits in entry.base_bits]
-        bases = [Base(bits, parts, matrix_bytes(BASES[bits], n, columns)) for bits, parts in widths]
+        bases = [
+            Base(bits, parts, matrix_bytes(entry.base_format(bits), n, columns))
+            for bits, parts in widths
+        ]
         return matrix_bytes(entry.format, n, columns), tuple(bases)
 
     return [
@@ -277,7 +280,7 @@ def resident_why(tiles: Sequence[TilePlan]) -> str:
     """What of the tiles is in memory, for people."""
     whole = sum(tile.stream_index < 0 for tile in tiles)
     bases = Counter(tile.base.bits for tile in tiles if tile.base)
-    rest = "".join(f", {bits} of 8 bits of {bases[bits]}" for bits in sorted(bases))
+    rest = "".join(f", the top {bits} bits of {bases[bits]}" for bits in sorted(bases))
     return f"{whole} of {len(tiles)} matrix tiles{rest}"
 
 

@@ -18,7 +18,7 @@ from edgert.models.graph import WeightSource
 from edgert.placing import place_addresses, place_base, place_refined, place_rows
 from edgert.plan import Plan
 from edgert.plan_parts import TilePlan
-from edgert.quant.formats import BASES, QuantFormat
+from edgert.quant.formats import QuantFormat
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.reader import parts_bytes
 from edgert.storage.streamer import Tile
@@ -115,7 +115,7 @@ class TileMemory:
         """A matrix as what is in memory of it: whole tiles, else their bases."""
 
         def of(entry: TensorEntry, tile: TilePlan) -> Segment:
-            fmt = BASES[tile.base.bits] if tile.base else None
+            fmt = entry.base_format(tile.base.bits) if tile.base else None
             at = self._address + self._at(tile, tile.base is not None)
             return Segment(-(-tile.rows // TILE_ROWS), at, format=fmt)
 

@@ -21,7 +21,10 @@ streams.)
     Q5_K           d (2), dmin (2), high bits (8 x 4), 4 x [as Q4_K]             180 : 176
     Q6_K           d (2), 2 x [4 scale pairs (2), 16 x 4 low, 8 x 4 high]
     IQ4_XS         d (2), 8 x [scale (1), 4 x 4]                                 138 : 136
-    B3 B4 B5       d (2), bits x 4
+    B3 B4 B5 B*_Q4_0 B*_Q5_0       d (2), bits x 4
+    B*_Q4_1 B*_Q5_1                d (2), m (2), bits x 4
+    B*_Q4_K B*_Q5_K                d (2), dmin (2), 4 x [scale, min, scale, min (1), 2 bits x 4]
+    B*_Q6_K                        d (2), 4 x [2 scale pairs (2), 2 bits x 4]
     P1_32 .. P4_32     d (2), m (2), bits x 4
     P1_128 .. P4_128   d (2), m (2), 4 x [bits x 4]
 

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgert.quant.formats import BASES, BaseFormat
+
 __all__ = ["PIECES", "STEPS", "Piece", "Step"]
 
 _Bytes = npt.NDArray[Any]  # uint8
@@ -144,8 +146,27 @@ PIECES: dict[str, tuple[Piece, ...]] = {
     "P3_32": (_D, _M, (4, 4, 3)),
     "P3_128": (_D, _M, *_repeated(4, (4, 8, 4, 2), (36, 4, 4, 1))),
 }
-for _bits in (3, 4, 5):
-    PIECES[f"B{_bits}"] = (_D, (2, 4, _bits))
 for _bits in (1, 2, 4):
     for _blocks in (1, 4):
         PIECES[f"P{_bits}_{32 * _blocks}"] = (_D, _M, (4, 4, _bits * _blocks))
+
+
+def _base_pieces(fmt: BaseFormat) -> tuple[Piece, ...]:
+    """d (and m), then the codes of 32 weights; of super-blocks those of 64 after their scales."""
+    end, bits, n = fmt.block_bytes, fmt.bits, fmt.block_size // 32
+    start = end - 4 * bits * n  # of the codes; the fields of 3 and 5 bits lie apart (`packing`)
+    codes = {3: ((start, 2), (start + 8 * n, 1)), 5: ((start, 1), (start + 4 * n, 4))}.get(
+        bits, ((start, bits),)
+    )
+    if n == 1:
+        return (_D, *((_M,) if start == 4 else ()), *((at, 4, units) for at, units in codes))
+    head, scales = ((_D, _M), (end, 4, 1, 4)) if fmt.name in STEPS else ((_D,), (2, 4, 2, 2))
+    fields = [(at + i * 4 * units, 8 * units, 4, units) for i in (0, 1) for at, units in codes]
+    return (*head, *_repeated(n // 2, scales, *fields))
+
+
+for _bases in BASES.values():
+    for _fmt in _bases.values():
+        if _fmt.of.name in ("Q4_K", "Q5_K"):
+            STEPS[_fmt.name] = _SCALES_MINS
+        PIECES[_fmt.name] = _base_pieces(_fmt)

@@ -15,6 +15,7 @@ from edgert.errors import InputError, UnsupportedError
 from edgert.kernels_cpu import (
     activations,
     matmul_base,
+    matmul_base_k,
     matmul_block32,
     matmul_float,
     matmul_k16,
@@ -42,6 +43,7 @@ _KERNELS: dict[str, Kernel] = {
     **matmul_k32.KERNELS,
     **matmul_planes.KERNELS,
     **matmul_base.KERNELS,
+    **matmul_base_k.KERNELS,
 }
 _REFINED = {("Q8_0", *split): found for split, found in matmul_refined.KERNELS.items()}
 _F32 = npt.NDArray[np.float32]

@@ -36,7 +36,7 @@ from edgert.kernels_cpu.packs import (
 from edgert.kernels_cpu.simd import ld_i64
 from edgert.quant.formats import PLANES
 
-__all__ = ["DIRECT", "KERNELS", "LOOKUP", "dot_threes"]
+__all__ = ["DIRECT", "KERNELS", "LOOKUP", "dot_threes", "dot_twos", "eight_threes"]
 
 _bit_0, _bit_1, _bit_2, _bit_3 = (field(i, 1) for i in range(4))
 _bit_4, _bit_5, _bit_6, _bit_7 = (field(i, 1) for i in range(4, 8))
@@ -61,7 +61,7 @@ def _one(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
-def _two(w: Any, xs: Any, acc: Any) -> Any:
+def dot_twos(w: Any, xs: Any, acc: Any) -> Any:
     """Totals of 32 weights 0..3: field i of byte j of both units is weight 8 i + j."""
     q = weights(acc, w)
     i = mac_u8(mac_u8(integers(acc), _pair_0(q), xs, 0), _pair_1(q), xs, 8)
@@ -72,8 +72,19 @@ def _two(w: Any, xs: Any, acc: Any) -> Any:
 
 
 @inline
+def eight_threes(w: Any, acc: Any) -> Any:
+    """The units of 32 weights 0..7 in order, laid out as for `dot_threes`."""
+    h, q, r = weights(acc, w + 128), weights(acc, w), weights(acc, w + 64)
+    n_0, n_1, n_2, n_3 = _three_0(q, h), _three_1(r, h), _three_2(q, h), _three_3(r, h)
+    return (
+        _low_three(n_0), _low_three(n_1), _low_three(n_2), _low_three(n_3),
+        _high_three(n_0), _high_three(n_1), _high_three(n_2), _high_three(n_3),
+    )  # fmt: skip
+
+
+@inline
 def dot_threes(w: Any, xs: Any, acc: Any) -> Any:
-    """Totals of 32 weights 0..7: low bits as in `_two`, then the high ones as in `_one`."""
+    """Totals of 32 weights 0..7: low bits as in `dot_twos`, then the high ones as in `_one`."""
     h, q = weights(acc, w + 128), weights(acc, w)
     n = _three_0(q, h)
     i = mac_u8(mac_u8(integers(acc), _low_three(n), xs, 0), _high_three(n), xs, 16)
@@ -118,12 +129,12 @@ def _p1_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
 
 @inline
 def _p2_32(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_two, _prefetch_2, 2, 1, p, part, K, xs)
+    return _groups(dot_twos, _prefetch_2, 2, 1, p, part, K, xs)
 
 
 @inline
 def _p2_128(p: Any, part: Any, K: Any, xs: Any) -> Any:
-    return _groups(_two, _prefetch_2, 2, 4, p, part, K, xs)
+    return _groups(dot_twos, _prefetch_2, 2, 4, p, part, K, xs)
 
 
 @inline

@@ -9,7 +9,7 @@ they came from the file.
 
 `w` is the address of int64[1 + other parts]: where the base's first tile lies, and each other
 part's. Owns: the loop over one tile, for a pack of tokens (`packs`). Must not know: how tokens are
-found or results stored (`matmul_drive`), nor who reads the parts. Layout of parts: `nested`.
+found or results stored (`matmul_drive`), nor who reads the parts. Layout of parts: `places`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from edgert.kernels_cpu.compiler import intrinsic, ir, types
 from edgert.kernels_cpu.jit import Kernel, inline, kernel
 from edgert.kernels_cpu.lanes import LANES, TILE_ROWS, shift_bytes
 from edgert.kernels_cpu.matmul_drive import MATMUL, drive_from, up_to_most
-from edgert.kernels_cpu.nested import FIELDS, part_bytes
 from edgert.kernels_cpu.packs import Pack, accumulators, fma_totals, halves, signed_totals, step
+from edgert.kernels_cpu.places import FIELDS
 from edgert.kernels_cpu.vectors import I32, LLVM, constant, emit_prefetch, load, splat, vec
+from edgert.quant.formats import BY_NAME, part_block_bytes
 
 __all__ = ["KERNELS"]
 
@@ -44,7 +45,9 @@ class _Split:
 
     def __init__(self, *bits: int) -> None:
         lows = [8 - end for end in accumulate(bits)]
-        self.block_bytes = [part_bytes(n, low, 1) for n, low in zip(bits, lows, strict=True)]
+        self.block_bytes = [
+            TILE_ROWS * part_block_bytes(BY_NAME["Q8_0"], n, is_first=not i) for i, n in enumerate(bits)
+        ]
         self.address = Pack(types.int64, len(bits))
         # (part, width, lowest bit in the code, where its first unit lies in a block)
         self.fields: list[tuple[int, int, int, int]] = []

@@ -14,8 +14,8 @@ from math import prod
 from edgert.errors import UnsupportedError
 
 __all__ = [
-    "BASES", "BY_NAME", "BY_TYPE_ID", "FORMATS", "PLANES", "BaseFormat", "PlaneFormat",
-    "QuantFormat", "format_of",
+    "BASES", "BY_NAME", "BY_TYPE_ID", "CODE_BITS", "FORMATS", "PLANES", "BaseFormat",
+    "PlaneFormat", "QuantFormat", "format_of", "part_block_bytes",
 ]  # fmt: skip
 
 
@@ -57,13 +57,14 @@ class PlaneFormat(QuantFormat):
 
 @dataclass(frozen=True, slots=True)
 class BaseFormat(QuantFormat):
-    """The top `bits` bits of a Q8_0 block with its float16 scale: what a nested pack begins with.
+    """The top `bits` bits of a block's codes, and its scales: what a nested pack begins with.
 
-    A code u = (q + 128) >> (8 - bits) stands for the middle of the 2^(8 - bits) codes q that have
-    these top bits, so it needs no offset of its own: w = d * (q_low + (2^(8 - bits) - 1) / 2).
+    A code u = q >> (n - bits) of the n-bit code q of the format `of` stands for the middle of the
+    2^(n - bits) codes that have these top bits, so it needs no offset of its own.
     """
 
-    bits: int  # 3 to 5
+    of: QuantFormat
+    bits: int
 
 
 def _record(name: str, type_id: int, block_size: int, *parts: int) -> QuantFormat:
@@ -112,10 +113,33 @@ _PLANE_BYTES = {
 }  # fmt: skip
 assert {name: f.block_bytes for name, f in PLANES.items()} == _PLANE_BYTES
 
-# The widths with a kernel: fewer bits guess too few tokens, more leave too little to stream.
-BASES: dict[int, BaseFormat] = {b: BaseFormat(f"B{b}", -1, 32, 2 + 4 * b, b) for b in (3, 4, 5)}
+# Bits of a code of the formats that can be nested.
+CODE_BITS = {
+    "Q8_0": 8, "Q6_K": 6, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4,
+}  # fmt: skip
+# Widths with a kernel, by the bits of a whole code: fewer bits guess too few tokens, more leave too
+# little to stream.
+_BASE_BITS = {8: (3, 4, 5), 6: (3, 4), 5: (3, 4), 4: (2, 3)}
+
+
+def part_block_bytes(fmt: QuantFormat, bits: int, is_first: bool) -> int:
+    """Bytes of a block in a part that holds `bits` bits of its codes, and if it is first scales."""
+    codes = fmt.block_size * CODE_BITS[fmt.name] // 8
+    return fmt.block_size * bits // 8 + is_first * (fmt.block_bytes - codes)
+
+
+def _base(of: QuantFormat, bits: int) -> BaseFormat:
+    name = f"B{bits}" if of.name == "Q8_0" else f"B{bits}_{of.name}"
+    return BaseFormat(name, -1, of.block_size, part_block_bytes(of, bits, True), of, bits)
+
+
+# By the format they are taken from, and their bits.
+BASES: dict[str, dict[int, BaseFormat]] = {
+    name: {bits: _base(BY_NAME[name], bits) for bits in _BASE_BITS[n]}
+    for name, n in CODE_BITS.items()
+}
 FORMATS: dict[str, QuantFormat] = {  # every format by its name
-    **BY_NAME, **PLANES, **{f.name: f for f in BASES.values()},
+    **BY_NAME, **PLANES, **{f.name: f for bases in BASES.values() for f in bases.values()},
 }  # fmt: skip
 
 # Types GGML defines that edgert does not run, so that a refusal can name them.

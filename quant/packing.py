@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import BASES, FORMATS, PLANES, QuantFormat
+from edgert.quant.formats import BASES, FORMATS, PLANES, BaseFormat, QuantFormat
 
 __all__ = ["Array", "Part", "layout", "pack", "pack_planes", "unpack", "unpack_planes"]
 
@@ -89,15 +89,20 @@ def _plane_parts(bits: int, group: int) -> tuple[Part, ...]:
     return (_D, _M, _planes("codes", group * bits // 8, bits, 4 * bits))
 
 
-def _base_parts(bits: int) -> tuple[Part, ...]:
-    """The order in which its kernel reads them; the fifth bit comes before the nibbles."""
-    if bits == 5:
-        return (_D, _planes("high", 4, 1, 4), _planes("low", 16, 4, 16))
-    return tuple(part for part in _plane_parts(bits, 32) if part is not _M)
+def _base_parts(fmt: BaseFormat) -> tuple[Part, ...]:
+    """Scales as in the format it is of, then codes as its kernel reads them: of each 32 weights."""
+    scales = [part for part in _LAYOUT[fmt.of.name] if part.name not in ("codes", "low", "high")]
+    scales.sort(key=lambda part: part is not _D)
+    n, bits = fmt.block_size // 32, fmt.bits
+    if bits == 5:  # the fifth bit comes before the nibbles
+        return (*scales, _planes("high", 4 * n, 1, 4), _planes("low", 16 * n, 4, 16))
+    if bits == 3:
+        return (*scales, _planes("low", 8 * n, 2, 8), _planes("high", 4 * n, 1, 4))
+    return (*scales, _planes("codes", 4 * bits * n, bits, 4 * bits))
 
 
 _LAYOUT |= {name: _plane_parts(f.bits, f.block_size) for name, f in PLANES.items()}
-_LAYOUT |= {f.name: _base_parts(bits) for bits, f in BASES.items()}
+_LAYOUT |= {f.name: _base_parts(f) for bases in BASES.values() for f in bases.values()}
 for _name, _parts in _LAYOUT.items():
     assert sum(p.nbytes for p in _parts) == FORMATS[_name].block_bytes, _name
 

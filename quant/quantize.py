@@ -10,11 +10,11 @@ in ggml: both show in the last bit of the codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
-from edgert.quant.formats import BASES, QuantFormat
+from edgert.quant.bases import base_ref
+from edgert.quant.formats import BaseFormat, QuantFormat
 from edgert.quant.packing import Array, pack
 from edgert.quant.quantize_k import BLOCKS_K, inverse, nearest
 from edgert.quant.reference import IQ4_VALUES, MXFP4_VALUES, exponent_to_scale
@@ -33,6 +33,8 @@ def quantize_ref(fmt: QuantFormat, x: Array) -> Array:
     assert x.dtype == np.float32 and x.shape[-1] % fmt.block_size == 0, (fmt.name, x.shape)
     if fmt.is_float:
         return _FLOATS[fmt.name](np.ascontiguousarray(x))
+    if isinstance(fmt, BaseFormat):
+        return base_ref(fmt, quantize_ref(fmt.of, x))
     blocks = x.reshape(*x.shape[:-1], -1, fmt.block_size)
     return pack(fmt, _BLOCKS[fmt.name](blocks))
 
@@ -65,14 +67,6 @@ def _q8_0(x: Array) -> _Fields:
     # floor(size + 0.5) would round 0.49999997 up: the sum itself rounds to 1.
     rounded = np.sign(scaled) * (whole + (size - whole >= 0.5))
     return {"d": d.astype(np.float16), "codes": rounded.astype(np.int8)}
-
-
-def _base(bits: int, x: Array) -> _Fields:
-    """The top bits of the codes that Q8_0 has for x."""
-    f = _q8_0(x)
-    codes = (f["codes"].view(np.uint8) ^ 128) >> (8 - bits)
-    low_bits = {3: 2, 5: 4}.get(bits, bits)
-    return f | {"codes": codes, "low": codes & (2**low_bits - 1), "high": codes >> low_bits}
 
 
 def _q4_0(x: Array) -> _Fields:
@@ -121,7 +115,6 @@ def _mxfp4(x: Array) -> _Fields:
 _FLOATS: dict[str, Callable[[Array], Array]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
 _BLOCKS: dict[str, Callable[[Array], _Fields]] = {
     "Q8_0": _q8_0,
-    **{f.name: partial(_base, bits) for bits, f in BASES.items()},
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,

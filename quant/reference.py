@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.quant.formats import BASES, PLANES, QuantFormat
+from edgert.quant.formats import BASES, CODE_BITS, PLANES, BaseFormat, QuantFormat
 from edgert.quant.packing import Array, unpack
 
 __all__ = [
@@ -165,16 +165,21 @@ def _plane(f: _Fields) -> Numbers:
     return Numbers(_f(f["d"]), codes, _f(f["m"]))
 
 
-def _base(bits: int, f: _Fields) -> Numbers:
-    """w = (d / 2) * (2 s u - 257 + s), s = 2^(8 - bits), u in 0..2^bits - 1: the middle of s codes.
+def _base(fmt: BaseFormat, f: _Fields) -> Numbers:
+    """w = (d / 2) * (2 s u + s - 1 - 2 z), s = 2^(n - bits): the middle of s codes q - z.
 
-    u is (q + 128) >> (8 - bits) of the block of Q8_0 that it was taken from.
+    u is q >> (n - bits) of the n-bit code q in the block that it was taken from. z is 2^(n - 1)
+    where weights are d (q - z), and 0 where they have an offset, which is kept; d includes a scale.
     """
-    low_bits = {3: 2, 5: 4}.get(bits)
+    low_bits = {3: 2, 5: 4}.get(fmt.bits)
     codes = _joined(f, "low", "high", low_bits) if low_bits else f["codes"]
-    steps = 2 ** (8 - bits)
-    q = codes.astype(np.int16) * np.int16(2 * steps) - np.int16(257 - steps)
-    return Numbers(_f(f["d"]) * np.float32(0.5), q)
+    n = CODE_BITS[fmt.of.name]
+    steps, zero = 2 ** (n - fmt.bits), 0 if "m" in f else 2 ** (n - 1)
+    q = codes.astype(np.int16) * np.int16(2 * steps) + np.int16(steps - 1 - 2 * zero)
+    half = _f(f["d"]) * np.float32(0.5)
+    if "scales_mins" in f:
+        return Numbers(half, q, _f(f["m"]), *np.split(_i(f["scales_mins"]), 2, axis=-1))
+    return Numbers(half, q, _f(f["m"]) if "m" in f else None, f.get("scales"))
 
 
 _FLOATS: dict[str, Callable[[Array], Array]] = {"F32": _f32, "F16": _f16, "BF16": _bf16}
@@ -193,7 +198,7 @@ _NUMBERS: dict[str, Callable[[_Fields], Numbers]] = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
     **dict.fromkeys(PLANES, _plane),
-    **{f.name: partial(_base, bits) for bits, f in BASES.items()},
+    **{f.name: partial(_base, f) for bases in BASES.values() for f in bases.values()},
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from edgert.quant.formats import BASES, QuantFormat
+from edgert.quant.formats import BASES, CODE_BITS, BaseFormat, QuantFormat
 
 __all__ = ["TILE_ROWS", "Extent", "Manifest", "TensorEntry"]
 
@@ -37,9 +37,10 @@ class TensorEntry:
     A GGUF holds rows one after another. A pack may hold them as compiled code wants them, in tiles
     of 16, and then the E matrices of a stack lie `stride` bytes apart: `extent` is the first.
 
-    A nested matrix (Q8_0, one matrix) is in tiles too, but in `parts`, most significant bits first:
-    part 0 holds the scales and `part_bits[0]` bits of each code, and so on. `extent` then has the
-    offset of part 0 and the bytes of all parts.
+    A nested matrix (one matrix of a format with codes) is in tiles too, but in `parts`, most
+    significant bits first: part 0 holds the scales and `part_bits[0]` bits of each code, and so on.
+    `extent` then has the offset of part 0 and the bytes of all parts. A base (`base`) is such a
+    matrix with the first parts only, in a format of its own.
     """
 
     name: str
@@ -49,7 +50,7 @@ class TensorEntry:
     layout: Literal["rows", "tiles", "nested"] = "rows"
     stride: int = 0  # bytes from one matrix of a stack in tiles to the next
     parts: tuple[Extent, ...] = ()
-    part_bits: tuple[int, ...] = ()  # together 8
+    part_bits: tuple[int, ...] = ()  # together those of a code
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +65,9 @@ class TensorEntry:
     @property
     def base_bits(self) -> tuple[int, ...]:
         """Widths that can be a base: those of the first parts together that have a kernel."""
-        widths = tuple(accumulate(self.part_bits))
-        return tuple(b for b in widths if b in BASES) if widths[-1:] == (8,) else ()
+        widths, bases = tuple(accumulate(self.part_bits)), BASES.get(self.format.name, {})
+        is_whole = widths[-1:] == (CODE_BITS.get(self.format.name),)
+        return tuple(b for b in widths if b in bases) if is_whole else ()
 
     def base_parts(self, bits: int) -> int:
         """How many of the first parts make the base of `bits` bits; 0 for 0."""
@@ -75,15 +77,19 @@ class TensorEntry:
         """Bits of a base, then of each part beside it."""
         return (bits, *self.part_bits[self.base_parts(bits) :])
 
+    def base_format(self, bits: int) -> BaseFormat:
+        """The format of the base of `bits` bits."""
+        return BASES[self.format.name][bits]
+
     def base(self, bits: int) -> TensorEntry:
         """The matrix that the first parts of `bits` bits together are, in a format of its own."""
         count = self.base_parts(bits)
         parts, first = self.parts[:count], self.parts[0]
-        if count == 1:  # just as its kernel wants it
-            return TensorEntry(self.name, BASES[bits], self.shape, first, "tiles")
         whole = Extent(first.file_index, first.offset, sum(p.nbytes for p in parts))
-        bits_of = self.part_bits[:count]
-        return TensorEntry(self.name, BASES[bits], self.shape, whole, "nested", 0, parts, bits_of)
+        return TensorEntry(
+            self.name, self.base_format(bits), self.shape, whole, "nested", 0, parts,
+            self.part_bits[:count],
+        )  # fmt: skip
 
     def part_rows(self, part: int, first: int, stop: int) -> Extent:
         """The extent of rows `first` to `stop` in a part: whole tiles, as in `rows`."""
@@ -137,13 +143,15 @@ class Manifest:
 
     @property
     def base_bits(self) -> tuple[int, ...]:
-        """Widths that every nested matrix has as a base."""
-        widths = [set(t.base_bits) for t in self.tensors.values() if t.base_bits]
-        return tuple(sorted(set.intersection(*widths))) if widths else ()
+        """Widths that some nested matrix has as a base."""
+        return tuple(sorted({b for t in self.tensors.values() for b in t.base_bits}))
 
     def base(self, bits: int) -> Manifest:
-        """The model in which each nested matrix is only its base: another one, and lossy."""
-        tensors = {n: t.base(bits) if t.base_bits else t for n, t in self.tensors.items()}
+        """The model in which each nested matrix is only its narrowest base of `bits` bits or more,
+        and whole if it has none: another model, and lossy.
+        """
+        widths = {n: [b for b in t.base_bits if b >= bits] for n, t in self.tensors.items()}
+        tensors = {n: t.base(widths[n][0]) if widths[n] else t for n, t in self.tensors.items()}
         return replace(self, tensors=MappingProxyType(tensors))
 
     @property

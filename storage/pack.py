@@ -16,14 +16,22 @@ from types import MappingProxyType
 from typing import IO, Literal
 
 from edgert.errors import FormatError, UnsupportedError
-from edgert.quant.formats import BY_NAME, BY_TYPE_ID, PLANES, PlaneFormat, QuantFormat, format_of
+from edgert.quant.formats import (
+    BY_TYPE_ID,
+    CODE_BITS,
+    PLANES,
+    PlaneFormat,
+    QuantFormat,
+    format_of,
+    part_block_bytes,
+)
 from edgert.storage.gguf_values import HEADER_MAX, HeaderReader, read_metadata
 from edgert.storage.manifest import TILE_ROWS, Extent, Manifest, TensorEntry
 from edgert.storage.model_file import open_model_file
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = [
-    "CHUNK_BYTES", "HEADER", "MAGIC", "NESTED_FORMAT", "PAGE", "PARTS_MAX", "VERSION",
+    "CHUNK_BYTES", "HEADER", "MAGIC", "PAGE", "PARTS_MAX", "VERSION",
     "PackHeader", "encode_header", "encode_index", "part_bytes", "read_header", "read_pack",
     "tiles_bytes", "type_id_of",
 ]  # fmt: skip
@@ -38,7 +46,6 @@ PART = 64  # gate, up and down of a record do at multiples of this
 CHUNK_BYTES = MIB  # of data for each checksum
 # By their number in the file.
 LAYOUTS: tuple[Literal["rows", "tiles", "nested"], ...] = ("rows", "tiles", "nested")
-NESTED_FORMAT = BY_NAME["Q8_0"]  # what may be nested
 PARTS_MAX = 4
 PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
 
@@ -87,10 +94,10 @@ def tiles_bytes(fmt: QuantFormat, rows: int, columns: int) -> int:
     return align_up(rows, TILE_ROWS) * (columns // fmt.block_size) * block
 
 
-def part_bytes(bits: int, is_first: bool, rows: int, columns: int) -> int:
+def part_bytes(fmt: QuantFormat, bits: int, is_first: bool, rows: int, columns: int) -> int:
     """Bytes of a part of a nested matrix: its codes, and in the first part the scales."""
-    blocks = align_up(rows, TILE_ROWS) * (columns // NESTED_FORMAT.block_size)
-    return blocks * (4 * bits + 2 * is_first)
+    blocks = align_up(rows, TILE_ROWS) * (columns // fmt.block_size)
+    return blocks * part_block_bytes(fmt, bits, is_first)
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -303,12 +310,12 @@ def _check_entry(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
 def _check_parts(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
     """As `_check_entry`, of a nested matrix."""
     what, bits = f"tensor {entry.name!r}", entry.part_bits
-    if entry.format is not NESTED_FORMAT or len(entry.shape) != 2:
+    if entry.format.name not in CODE_BITS or len(entry.shape) != 2:
         raise reader.error(f"{what} of shape {entry.shape} in {entry.format.name} is nested", at)
-    if min(bits) < 1 or sum(bits) != 8 or not entry.base_bits:
+    if min(bits) < 1 or not entry.base_bits:
         raise reader.error(f"{what} has parts of {' + '.join(map(str, bits))} bits", at)
     for i, part in enumerate(entry.parts):
-        nbytes = part_bytes(bits[i], i == 0, *entry.shape)
+        nbytes = part_bytes(entry.format, bits[i], i == 0, *entry.shape)
         if part.nbytes != nbytes or part.offset % PAGE:
             raise reader.error(
                 f"part {i} of {what} has {part.nbytes:,} bytes at {part.offset:,}, "

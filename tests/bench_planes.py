@@ -107,7 +107,7 @@ def cases(names: list[str]) -> dict[str, tuple[Kernel, int]]:
     for form, kernels in (("direct", DIRECT), ("lookup", LOOKUP)):
         for name, call in kernels.items():
             found[f"{name} {form}"] = (call, layout.tile_bytes(PLANES[name], K))
-    for fmt in BASES.values():
+    for fmt in (base for bases in BASES.values() for base in bases.values()):
         found[fmt.name] = (matmul_kernel(fmt), layout.tile_bytes(fmt, K))
     return {name: case for name, case in found.items() if not names or name.split()[0] in names}
 

@@ -12,9 +12,9 @@ from edgert.quant.formats import BY_NAME, FORMATS, QuantFormat
 _SCALES = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82),
     "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
-    "IQ4_XS": (0,), "MXFP4": (), "B4": (0,),
+    "IQ4_XS": (0,), "MXFP4": (), "B4": (0,), "B4_Q6_K": (0,), "B3_Q4_K": (0, 2),
 }  # fmt: skip
-COMPARED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "IQ4_NL", "B4")
+COMPARED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "IQ4_NL", "B4", "B4_Q6_K", "B3_Q4_K")
 
 
 def random_raw(

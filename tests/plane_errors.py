@@ -82,7 +82,11 @@ def main() -> None:
     for fmt in PLANES.values():
         errors = " | ".join(f"{error(fmt, weights, method):.2f} %" for method in METHODS)
         print(f"| {fmt.name} | {fmt.bits_per_weight} | {errors} |")
-    for name in ("Q4_0", "Q4_1", *(fmt.name for fmt in BASES.values())):
+    for name in (
+        "Q4_0",
+        "Q4_1",
+        *(base.name for bases in BASES.values() for base in bases.values()),
+    ):
         e = error(FORMATS[name], weights, lambda f, w: dequantize_ref(f, quantize_ref(f, w)))
         print(f"| {name} | {FORMATS[name].bits_per_weight} | {e:.2f} % | | | |")
 

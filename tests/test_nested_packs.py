@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import edgert
 from edgert.errors import EdgertError, FormatError, InputError
+from edgert.quant.bases import base_ref
 from edgert.quant.formats import BASES, BY_NAME
 from edgert.quant.metrics import relative_rms
 from edgert.quant.reference import dequantize_ref
@@ -24,7 +25,6 @@ from edgert.storage import pack_verify, pack_writer
 from edgert.storage.manifest import Extent, TensorEntry
 from tests.command import assert_error, inside
 from tests.gguf_file import write_gguf
-from tests.test_nested import base_rows
 from tests.test_pack import fail_after
 from tests.test_pack_refused import rewritten, sealed
 from tests.tight import fixed_process, tight
@@ -68,23 +68,27 @@ def test_a_nested_pack_is_hardly_larger_than_its_weights(tmp_path: Path) -> None
     assert manifest.file_bytes[0] <= plain.file_bytes[0] + 4096 * pages
 
 
-def test_other_formats_stay_as_they_are(tmp_path: Path) -> None:
-    source = tiny_model("llama", "Q4_0", path=tmp_path / "m.gguf")
-    with pytest.raises(InputError, match="no matrix in Q8_0 that could be nested"):
-        edgert.pack_model(source, tmp_path / "m.edgert", nested="4+4")
+def test_formats_without_codes_are_never_nested(tmp_path: Path) -> None:
+    source = tiny_model("llama", "IQ4_NL", path=tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"nested, only IQ4_NL \(never split\)"):
+        edgert.pack_model(source, tmp_path / "m.edgert", nested="auto")
     assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize(
     ("nested", "type_name", "words"),
     [
-        ("4+3", "keep", "is not 2 to 4 numbers that make 8"),
+        ("4+3", "keep", "is not 2 to 4 numbers whose sum is one of 4, 5, 6, 8"),
         ("8", "keep", "is not 2 to 4"),
         ("4+4+0", "keep", "is not 2 to 4"),
         ("2+2+2+1+1", "keep", "is not 2 to 4"),
         ("-4+12", "keep", "is not 2 to 4"),
         ("four", "keep", "'four' is not"),
         ("6+2", "keep", "make the 3 or 4 or 5 bits of a base"),
+        ("4+4,1+1+4", "keep", "make the 3 or 4 bits of a base"),
+        ("4+4,3+5", "keep", "says twice how codes of 8 bits are split"),
+        ("4+4,", "keep", "'' is not 2 to 4"),
+        ("4+2", "keep", "no matrix with codes of 6 bits that could be nested, only Q8_0"),
         ("4+4", "P3_32", "both nested and P3_32"),
     ],
 )
@@ -150,7 +154,8 @@ def write_base(source: Path, out: Path, bits: int) -> None:
         raw = np.frombuffer(data, np.uint8, at.nbytes, at.offset)
         values = dequantize_ref(entry.format, raw)
         if entry.format is Q8_0 and name != "token_embd.weight":
-            values = dequantize_ref(BASES[bits], base_rows(BASES[bits], raw[None]))
+            base = BASES["Q8_0"][bits]
+            values = dequantize_ref(base, base_ref(base, raw[None]))
         f32 = BY_NAME["F32"]
         tensors[name] = (f32, entry.shape, values.astype(np.float32).tobytes())
     write_gguf(out, build("llama", "F32").metadata, tensors)
@@ -180,9 +185,9 @@ def test_auto_takes_the_bits_that_fit(tmp_path: Path) -> None:
 def test_bits_that_a_model_does_not_have(tmp_path: Path, packed: bytes) -> None:
     source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
     out.write_bytes(packed)
-    with pytest.raises(InputError, match=r"m\.gguf is not nested, so it has no 4 bits of 8"):
+    with pytest.raises(InputError, match=r"m\.gguf is not nested, so it has no top 4 bits"):
         edgert.load(source, quality_bits=4)
-    with pytest.raises(InputError, match=r"has 3, 4 or all 8 bits, not 5"):
+    with pytest.raises(InputError, match=r"has 3, 4 top bits or all of them \(8\), not 5"):
         edgert.load(out, quality_bits=5)
     for bad in (0, 9, "some"):
         with pytest.raises(InputError, match="quality_bits is"):
@@ -259,7 +264,16 @@ def part_moved(number: int, by: int = 0, more: int = 0) -> Callable[[TensorEntry
         (lambda e: replace(e, part_bits=(1, 1, 6)), "parts of 1 + 1 + 6 bits"),
         (lambda e: replace(e, part_bits=(2**31, 4, 4)), "parts of 2147483648 + 4 + 4 bits"),
         (lambda e: replace(e, part_bits=(4, 1, 3)), "part 0 of tensor"),
-        (lambda e: replace(e, format=BY_NAME["Q4_0"]), "in Q4_0 is nested"),
+        (lambda e: replace(e, format=BY_NAME["Q4_0"]), "parts of 3 + 1 + 4 bits"),
+        (lambda e: replace(e, format=BY_NAME["IQ4_NL"]), "in IQ4_NL is nested"),
+        (
+            lambda e: replace(e, format=BY_NAME["Q6_K"], part_bits=(4, 1, 1)),
+            "part 0 of tensor 'output.weight' has",
+        ),
+        (
+            lambda e: replace(e, format=BY_NAME["Q5_1"], part_bits=(3, 1, 1)),
+            "part 0 of tensor 'output.weight' has",
+        ),
         (lambda e: replace(e, layout="tiles"), "has layout 1 in 3 parts"),
     ],
 )

@@ -14,8 +14,8 @@ import pytest
 import edgert
 from edgert import EdgertError, FormatError, InputError, UnsupportedError
 from edgert.kernels_cpu import layout
-from edgert.kernels_cpu.nested import FIELDS
-from edgert.quant.formats import BASES, BY_NAME, PLANES
+from edgert.kernels_cpu.places import FIELDS
+from edgert.quant.formats import BASES, BY_NAME, CODE_BITS, PLANES, part_block_bytes
 from edgert.quant.planes import quantize_planes_ref as quantize
 from edgert.storage import pack, pack_writer
 from edgert.storage.gguf import metadata_bytes
@@ -140,9 +140,12 @@ def test_the_document_has_the_constants() -> None:
         assert says(fmt.name, pack.type_id_of(fmt), fmt.block_size, fmt.block_bytes)
     for bits, fields in FIELDS.items():
         spans = (str(low) if width == 1 else f"{low}-{low + width - 1}" for width, low in fields)
-        assert bits == 8 or says(bits, ", ".join(spans))
+        assert says(bits, ", ".join(spans))
     assert f"2 to {pack.PARTS_MAX} of a nested matrix" in FORMAT
-    assert " or ".join(", ".join(map(str, BASES)).rsplit(", ", 1)) in FORMAT
+    for name, n in CODE_BITS.items():
+        widths = " or ".join(", ".join(map(str, BASES[name])).rsplit(", ", 1))
+        fmt = BY_NAME[name]
+        assert says(name, n, widths, fmt.block_size, part_block_bytes(fmt, 0, True)), name
     for name, more in pack._GROWTH.items():
         assert says(name, BY_NAME[name].block_bytes, BY_NAME[name].block_bytes + more)
 
