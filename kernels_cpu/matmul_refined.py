@@ -45,8 +45,9 @@ class _Split:
 
     def __init__(self, *bits: int) -> None:
         lows = [8 - end for end in accumulate(bits)]
+        q8_0 = BY_NAME["Q8_0"]
         self.block_bytes = [
-            TILE_ROWS * part_block_bytes(BY_NAME["Q8_0"], n, is_first=not i) for i, n in enumerate(bits)
+            TILE_ROWS * part_block_bytes(q8_0, n, is_first=not i) for i, n in enumerate(bits)
         ]
         self.address = Pack(types.int64, len(bits))
         # (part, width, lowest bit in the code, where its first unit lies in a block)

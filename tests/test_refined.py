@@ -15,13 +15,14 @@ from edgert.errors import UnsupportedError
 from edgert.kernels_cpu import activations, layout
 from edgert.kernels_cpu.matmul import matmul_kernel, takes_parts
 from edgert.kernels_cpu.matmul_refined import KERNELS
-from edgert.kernels_cpu.nested import Part, move_bits
+from edgert.kernels_cpu.nested import move_bits, tiles_of
 from edgert.quant.formats import BY_NAME
 from edgert.units import KIB
-from tests.test_nested import Q8_0, parts_of, q8_rows, tiles_of
+from tests.test_nested import parts_of, rows_of, tiles_from
 from tests.tight import tight
 from tests.tiny import prompt_of
 
+Q8_0 = BY_NAME["Q8_0"]
 _F32 = npt.NDArray[np.float32]
 _U8 = npt.NDArray[np.uint8]
 by_split = pytest.mark.parametrize("split", KERNELS, ids=lambda s: "+".join(map(str, s)))
@@ -29,8 +30,8 @@ by_split = pytest.mark.parametrize("split", KERNELS, ids=lambda s: "+".join(map(
 
 def in_parts(split: tuple[int, ...], tiles: _U8) -> list[_U8]:
     """The base and the other parts of tiles of Q8_0."""
-    parts = parts_of(split, tiles.nbytes // 544)
-    move_bits(tiles.nbytes // 544, [Part(tiles, 0, 8)], parts)
+    parts = parts_of(Q8_0, split, tiles.nbytes // 544)
+    move_bits(tiles.nbytes // 544, [tiles_of(Q8_0, tiles)], parts)
     return [part.data for part in parts]
 
 
@@ -64,7 +65,7 @@ def test_the_bits_are_those_of_the_ordinary_kernel(
 ) -> None:
     """For every number of tokens of a pack, and several packs."""
     K, rng = 32 * blocks, np.random.default_rng(rows)
-    tiles = tiles_of(Q8_0, q8_rows(rows, K, blocks), K)
+    tiles = tiles_from(Q8_0, rows_of(Q8_0, rows, K, blocks), K)
     x = rng.standard_normal((19, K)).astype(np.float32)
     x[:, 0] *= 20
     quantised = activations.quantize_ref(x)
@@ -76,7 +77,7 @@ def test_the_bits_are_those_of_the_ordinary_kernel(
 @by_split
 def test_from_any_tile_on_added_and_with_bias(split: tuple[int, ...]) -> None:
     K = 96
-    tiles = tiles_of(Q8_0, q8_rows(64, K, 2), K)
+    tiles = tiles_from(Q8_0, rows_of(Q8_0, 64, K, 2), K)
     x = activations.quantize_ref(np.random.default_rng(3).standard_normal((5, K), np.float32))
     bias = np.random.default_rng(5).standard_normal(64).astype(np.float32)
     for how in ({"first": 3}, {"first": 1, "add": True}, {"bias": bias.ctypes.data, "add": True}):
@@ -90,7 +91,7 @@ def test_extreme_codes_and_hostile_scales(split: tuple[int, ...]) -> None:
     raw = np.random.default_rng(5).integers(0, 256, (33, Q8_0.row_bytes(K)), dtype=np.uint8)
     raw[3:6] = 0xFF
     raw[6:9, 2:34], raw[9:12, 2:34] = 128, 127
-    tiles = tiles_of(Q8_0, raw, K)
+    tiles = tiles_from(Q8_0, raw, K)
     for sign in (1, -1):
         x = activations.quantize_ref(np.full((9, K), sign * 127, np.float32))
         for n in (1, 9):
