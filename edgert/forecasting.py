@@ -109,7 +109,8 @@ def forecast(
 
     def predicted(plan: Plan) -> Prediction:
         misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
-        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses)
+        chances = known.chances if known else None
+        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses, chances=chances)
         assert found is not None, "the profile was measured for this model"
         return found
 
