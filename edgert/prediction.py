@@ -16,9 +16,9 @@ from each other, both linear in the time they share:
 
 The pass takes the larger one. They meet where both resources are always busy.
 
-*Experts* are asked for when the router of their layer has chosen. Until then the disk rests, in each
-of N layers, and at last one part is placed. With M experts missing in a layer, and B under way at a
-time, (1 - B / M) of the lesser of their reading and the arithmetic X of experts is hidden:
+*Experts* are asked for when the router of their layer has chosen. Until then the disk rests, in
+each of N layers, and at last one part is placed. With M experts missing in a layer, and B under way
+at a time, (1 - B / M) of the lesser of their reading and the arithmetic X of experts is hidden:
 
     C + N (wake + latency + placing) + S / (R `_DEMAND`) - (1 - B / M) min(X, S / (R `_DEMAND`))
 
