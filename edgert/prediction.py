@@ -17,10 +17,11 @@ from each other, both linear in the time they share:
 The pass takes the larger one. They meet where both resources are always busy.
 
 *Experts* are asked for when the router of their layer has chosen. Until then the disk rests, in
-each of N layers, and at last one part is placed. With M experts missing in a layer, and B under way
-at a time, (1 - B / M) of the lesser of their reading and the arithmetic X of experts is hidden:
+each of N layers; at last one part is placed, and threads wake for it. With M experts missing in a
+layer, and B under way at a time, (1 - B / M) of the lesser of their reading and the arithmetic X of
+experts is hidden:
 
-    C + N (wake + latency + placing) + S / (R `_DEMAND`) - (1 - B / M) min(X, S / (R `_DEMAND`))
+    C + N (wake + latency + placing + wave) + r - (1 - B / M) min(X, r),  r = S / (R `_DEMAND`)
 
 and at least S / R. A disk that is held to R on the average, as by a control group, gives more in
 the time of a layer: there the profile's burst takes the place of R.
@@ -58,9 +59,12 @@ PROMPT_TOKENS = 256  # of the prompt that is predicted where none is named
 TOKEN_SECONDS = 0.4e-3  # sampler, text and Python for each token: 0.3 to 0.5 ms measured
 _LAYER_OPS = 13  # ops of a dense layer that end in a barrier
 # What is read on demand reaches a share of the disk's rate: the last parts of a layer are under way
-# alone, beside cores that compute (fitted to 25 and 60 % of a model, tried on others: DESIGN.md).
-_DEMAND = 0.7
+# alone, beside cores that compute (fitted to 25 and 60 % of one model, tried on others: DESIGN.md).
+_DEMAND = 0.8
 _WAKE_SECONDS = 0.26e-3  # from a router to the first read (storage/README.md)
+# Threads woken for an expert that has come, and their barriers: beside the waits of a token went
+# 20 ms and 0.5 for each of 11 to 90 experts missing (16 layers, 2 cores).
+_WAVE_SECONDS = 0.5e-3
 _REPEATED = 0.5  # share of a prompt's tokens that occurred before: their rows are read once
 
 
@@ -245,11 +249,11 @@ class _Model:
         """
         plan, layers = self.plan, self.spec.num_hidden_layers
         placing = plan.staging_bytes * plan.threads / self.repack
-        waits: float = layers * (_WAKE_SECONDS + self.profile.latency_seconds + placing)
+        wait: float = _WAKE_SECONDS + self.profile.latency_seconds + placing + _WAVE_SECONDS
         reading = streamed / (self.burst_rate * _DEMAND)
         under_way = plan.reader_threads * plan.staging_bytes / plan.expert_bytes  # experts
         hidden = max(1 - under_way * layers / misses, 0.0) * min(experts, reading)
-        return cores + waits + reading - hidden
+        return cores + layers * wait + reading - hidden
 
     @property
     def hit_rate(self) -> float | None:

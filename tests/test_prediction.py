@@ -14,7 +14,14 @@ import edgert
 from edgert import engine as engine_module
 from edgert.device_profile import ReadRate
 from edgert.plan import Plan
-from edgert.prediction import _DEMAND, _WAKE_SECONDS, TOKEN_SECONDS, Prediction, predict
+from edgert.prediction import (
+    _DEMAND,
+    _WAKE_SECONDS,
+    _WAVE_SECONDS,
+    TOKEN_SECONDS,
+    Prediction,
+    predict,
+)
 from edgert.units import GIB
 from tests.command import inside
 from tests.device import PROFILE, profile
@@ -110,7 +117,7 @@ def test_missing_experts_wait_for_their_router_in_every_layer() -> None:
     cores = usual.decode.memory + usual.decode.compute + usual.decode.attention
     reading = 32 * found.expert_bytes / (2e9 * _DEMAND)
     latency = 256 * 1024 * (1 / 0.3e9 - 1 / 2e9)
-    wait = _WAKE_SECONDS + latency + found.staging_bytes / 8e9
+    wait = _WAKE_SECONDS + latency + found.staging_bytes / 8e9 + _WAVE_SECONDS
     slow = replace(PROFILE, reads=(*PROFILE.reads, ReadRate(256 * 1024, 1, 0.3e9)))
     _, late = _half(misses=lambda tokens: 32.0, profile=slow)
     total = cores + spec.num_hidden_layers * wait + reading + late.decode.overhead
