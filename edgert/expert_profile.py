@@ -77,7 +77,9 @@ class ExpertProfile:
         """
         layers, experts = self.uses.shape
         even = _EVEN_TOKENS * self.identity.k / experts
-        return np.minimum((self.uses.astype(np.float64) + even) / (self.tokens + _EVEN_TOKENS), 1.0)
+        uses = self.uses.astype(np.float64) + even
+        found: npt.NDArray[np.float64] = np.minimum(uses / (self.tokens + _EVEN_TOKENS), 1.0)
+        return found
 
     def likely(self, layer: int, chosen: npt.NDArray[np.int64]) -> _F32:
         """How often each expert of `layer` was used beside `chosen` of the layer before, (experts,)
