@@ -23,7 +23,7 @@ from typing import Any
 
 from edgert.kept_files import keep_file, prune_files
 from edgert.kernels_cpu.cache import cache_root, machine_parts
-from edgert.units import MIB
+from edgert.units import KIB, MIB
 
 __all__ = [
     "DeviceProfile", "KernelRate", "ReadRate", "drifted", "load_profile", "note_drift",
@@ -34,9 +34,10 @@ DAYS = 30  # a record is believed for so long
 DRIFT = 0.25  # and while the disk delivers what it did, give or take this share
 KEPT_FILES = 16
 SMALL_READ = 4096
+LATENCY_READ = 256 * KIB  # long enough that its latency is that of larger ones
 SATURATING = (MIB, 4)  # size and readers from which devices deliver all they can
 SAMPLE_BYTES = 256 * MIB  # a smaller file may lie in the cache of its device
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class DeviceProfile:
     direct: bool  # False: the file system has no direct reads
     sample_bytes: int  # of the files whose reading was measured
     reads: tuple[ReadRate, ...]
+    burst_bytes_per_s: float  # reads of a tenth of a second after a rest: a held disk grants more
     busy_read_bytes_per_s: float  # reads while all threads read memory
     busy_memory_share: float  # what such reads leave of the rate of memory
     memory_bytes_per_s: float
@@ -94,6 +96,15 @@ class DeviceProfile:
         )
 
     @property
+    def latency_seconds(self) -> float:
+        """What a read of 256 KiB takes, alone, beside moving its bytes."""
+        alone = [r for r in self.reads if r.readers == 1 and r.request_bytes == LATENCY_READ]
+        if not alone:
+            return self.read_seconds
+        moving = LATENCY_READ / self.disk_bytes_per_s
+        return max(LATENCY_READ / alone[0].bytes_per_s - moving, 0.0)
+
+    @property
     def disk_bytes_per_s(self) -> float:
         """What the disk delivers at most."""
         return self.read_bytes_per_s(*SATURATING)
@@ -117,7 +128,7 @@ class DeviceProfile:
         values["reads"] = tuple(ReadRate(**rate) for rate in plain["reads"])
         values["kernels"] = {n: KernelRate(**rate) for n, rate in plain["kernels"].items()}
         found = cls(**values)
-        rates = [found.busy_read_bytes_per_s, found.busy_memory_share,
+        rates = [found.burst_bytes_per_s, found.busy_read_bytes_per_s, found.busy_memory_share,
                  found.memory_bytes_per_s, found.op_seconds, found.sample_bytes,
                  found.measured_at, found.threads]  # fmt: skip
         rates += [v for rate in found.reads for v in asdict(rate).values()]

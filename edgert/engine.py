@@ -161,8 +161,12 @@ class Engine:
             return None
         if rate:
             note_drift(profile, self._files, rate)
-        misses = self.experts.misses(self.plan) if self.experts else None
-        return predict(self.plan, self.spec, self._manifest, profile, rate, misses)
+        known = self.experts.profile if self.experts else None
+        return predict(
+            self.plan, self.spec, self._manifest, profile, rate,
+            self.experts.misses(self.plan) if self.experts else None,
+            chances=known.chances if known else None,
+        )  # fmt: skip
 
     # ---- facts ---------------------------------------------------------------------------------
 

@@ -128,7 +128,9 @@ class ExpertControl:
         """A pass of `tokens` tokens is over."""
         if self._sink is None and self._learner is None:
             return
-        chosen = np.stack([ids[:tokens] for ids in self._chosen], axis=1).astype(np.int16)
+        chosen = np.empty((tokens, len(self._chosen), self._spec.num_experts_per_tok), np.int16)
+        for layer, ids in enumerate(self._chosen):  # np.stack takes 16 us a token, this 5
+            chosen[:, layer] = ids[:tokens]
         if self._learner is not None:
             self._learner.add(chosen)
         if self._sink is not None:

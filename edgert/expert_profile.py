@@ -42,6 +42,7 @@ MOST_TOKENS = 8192.0  # older uses fade, so that a profile follows what a model 
 MOST_PAIRS = 1 << 19  # transitions beyond that are not kept: 2 MiB
 _MOST_BYTES = 32 << 20
 _PENDING = 512  # tokens that wait to be counted
+_EVEN_TOKENS = 16.0  # what is counted in fewer says little of what is used seldom
 _VERSION = 1
 
 _F32 = npt.NDArray[np.float32]
@@ -68,6 +69,17 @@ class ExpertProfile:
     uses: _F32 = field(repr=False)  # [layers, experts]
     follows: _F32 | None = field(repr=False)  # [layers, experts, experts]; see `likely`
     sample: _Choices = field(repr=False)  # [tokens, layers, k], the latest
+
+    @property
+    def chances(self) -> npt.NDArray[np.float64]:
+        """How likely a token uses each expert, (layers, experts): beside what was counted,
+        `_EVEN_TOKENS` tokens that use all alike.
+        """
+        layers, experts = self.uses.shape
+        even = _EVEN_TOKENS * self.identity.k / experts
+        uses = self.uses.astype(np.float64) + even
+        found: npt.NDArray[np.float64] = np.minimum(uses / (self.tokens + _EVEN_TOKENS), 1.0)
+        return found
 
     def likely(self, layer: int, chosen: npt.NDArray[np.int64]) -> _F32:
         """How often each expert of `layer` was used beside `chosen` of the layer before, (experts,)

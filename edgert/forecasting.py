@@ -17,8 +17,8 @@ from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile
 from edgert.draft_forecast import DraftForecast, forecast_drafting
 from edgert.expert_forecast import forecast_misses
-from edgert.expert_profile import ExpertProfile, identity_of, load_expert_profile, profile_file
-from edgert.loading import planner, process_bytes
+from edgert.expert_profile import ExpertProfile, profile_file
+from edgert.loading import known_experts, planner, process_bytes
 from edgert.machine import available_bytes, default_threads
 from edgert.opening import Opened, open_model
 from edgert.plan import Plan
@@ -104,14 +104,13 @@ def forecast(
     budget = resolve_budget(chosen.memory_budget, full, available_bytes())
     floor = whole(budget).floor_bytes
     profile, kept = _profile(opened, chosen.threads, on_progress)
-    plan_for = planner(opened, chosen, process, profile)
-    known = None
-    if opened.spec.is_moe:
-        known = load_expert_profile(identity_of(opened.spec, opened.manifest))
+    known = known_experts(opened)
+    plan_for = planner(opened, chosen, process, profile, known)
 
     def predicted(plan: Plan) -> Prediction:
         misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
-        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses)
+        chances = known.chances if known else None
+        found = predict(plan, opened.spec, opened.manifest, profile, misses=misses, chances=chances)
         assert found is not None, "the profile was measured for this model"
         return found
 

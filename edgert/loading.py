@@ -15,6 +15,7 @@ from edgert.budget import resolve_budget, within_cgroup
 from edgert.config import LoadOptions
 from edgert.device_profile import DeviceProfile, load_profile
 from edgert.errors import BudgetError, InputError, ModelError, UnsupportedError
+from edgert.expert_profile import ExpertProfile, identity_of, load_expert_profile
 from edgert.kernels_cpu.compiler import can_be_left_out, left_out
 from edgert.machine import (
     available_bytes,
@@ -29,7 +30,7 @@ from edgert.plan_parts import Need
 from edgert.storage.arena import absent_bytes
 from edgert.units import MIB
 
-__all__ = ["at_quality", "make_plan", "planner", "process_bytes"]
+__all__ = ["at_quality", "known_experts", "make_plan", "planner", "process_bytes"]
 
 # What the process itself holds beside the arena: interpreter, NumPy, tokenizer, compiled kernels,
 # and what they allocate while running. Measured 48 MiB after loading, and 109 where Numba and LLVM
@@ -56,10 +57,22 @@ def process_bytes(opened: Opened, *, measured: bool) -> int:
     return expected + GROWTH_BYTES
 
 
+def known_experts(opened: Opened) -> ExpertProfile | None:
+    """What earlier runs learnt of the model's experts. Raises `ModelError` for another model's."""
+    if not opened.spec.is_moe:
+        return None
+    return load_expert_profile(identity_of(opened.spec, opened.manifest))
+
+
 def planner(
-    opened: Opened, options: LoadOptions, process: int, profile: DeviceProfile | None
+    opened: Opened,
+    options: LoadOptions,
+    process: int,
+    profile: DeviceProfile | None,
+    known: ExpertProfile | None = None,
 ) -> Callable[[int], Plan]:
     """A function from a budget in bytes to the plan for these options; keeps what it measures."""
+    chances = None if known is None else known.chances
     needs: dict[int, Need] = {}
 
     def plan_for(budget: int) -> Plan:
@@ -71,7 +84,9 @@ def planner(
             kv_cache_type=options.kv_cache_type,
         )
         try:
-            return plan_memory(opened.spec, opened.manifest, wanted, process, needs, profile)
+            return plan_memory(
+                opened.spec, opened.manifest, wanted, process, needs, profile, chances
+            )
         except (ModelError, UnsupportedError) as error:
             raise type(error)(f"{opened.path}: {error}") from None
 
@@ -118,7 +133,8 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
     `here`: for this process, whose cgroup may have less than was asked for.
     """
     profile = load_profile(opened.manifest.files, options.threads or default_threads())
-    plan_for = planner(opened, options, process, profile)
+    known = known_experts(opened)
+    plan_for = planner(opened, options, process, profile, known)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0
@@ -133,4 +149,4 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
     if held <= process:
         return plan
     del plan  # its memory serves the next one
-    return planner(opened, options, held, profile)(budget)
+    return planner(opened, options, held, profile, known)(budget)

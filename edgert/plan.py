@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
+import numpy as np
+import numpy.typing as npt
+
 from edgert.device_profile import DeviceProfile
 from edgert.errors import BudgetError, ContextError
 from edgert.models.spec import ModelSpec
@@ -96,13 +99,15 @@ def plan_memory(
     process_bytes: int,
     needs: dict[int, Need] | None = None,
     profile: DeviceProfile | None = None,
+    chances: npt.NDArray[np.float64] | None = None,
 ) -> Plan:
     """Lay out every byte edgert will hold. Pure.
 
     `process_bytes`: interpreter, libraries, compiled kernels and tokenizer, as measured or
     expected. `needs` keeps what was measured of this model for a second plan with the same threads
     and KV cache type. `profile` decides how long a pass and how large a read pay where weights are
-    streamed; without one, the rates of a usual small machine do. Raises `BudgetError` with the
+    streamed; without one, the rates of a usual small machine do. `chances`: how likely a token uses
+    each expert, (layers, experts), where that is known. Raises `BudgetError` with the
     table of the smallest plan when the budget cannot hold it, `ContextError` when more context is
     asked for than the model was made for.
     """
@@ -116,7 +121,7 @@ def plan_memory(
         for shape in _suited(_SHAPES, profile, manifest.tensor_bytes)
     ]
     needs = {} if needs is None else needs
-    layout = _Layout(spec, manifest, options, process_bytes, needs)
+    layout = _Layout(spec, manifest, options, process_bytes, needs, chances)
     nothing = replace(options, budget_bytes=0)
     smallest = _Layout(spec, manifest, nothing, process_bytes, needs)
     full = layout.plan(contexts[0], shapes[0], everything=True)
@@ -209,12 +214,14 @@ class _Layout:
         options: PlanOptions,
         process_bytes: int,
         needs: dict[int, Need],
+        chances: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.spec = spec
         self.manifest = manifest
         self.options = options
         self.process_bytes = process_bytes
         self._needs = needs
+        self._chances = chances
 
     def need(self, tile_bytes: int) -> Need:
         """The model cut into tiles of about `tile_bytes`."""
@@ -265,10 +272,15 @@ class _Layout:
         rates = rates_of(profile, self.options.threads)
         most = min(context, self.spec.max_position_embeddings)
         if need.experts:
-            tokens = fastest_expert_pass(left, _expert_load(need), rates)
+            tokens = fastest_expert_pass(left, self._expert_load(need), rates)
         else:
             tokens = fastest_pass(streamed, need.tile_bytes, need.weights, rates)
         return shape if tokens is None else replace(shape, tokens=min(tokens, most))
+
+    def _expert_load(self, need: Need) -> ExpertLoad:
+        layers, slot_bytes = len(need.experts), need.expert_slot_bytes
+        k = self.spec.num_experts_per_tok
+        return ExpertLoad.of(layers, self.spec.num_experts, k, slot_bytes, self._chances)
 
     def plan(
         self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
@@ -288,13 +300,6 @@ class _Layout:
             room = self.options.budget_bytes - fixed
             kept = _keep(need, room, shape.slots, reading, keep_dense)
         return _plan(need, self.options, self.process_bytes, shape, sizes, context, kept)
-
-
-def _expert_load(need: Need) -> ExpertLoad:
-    spec = need.spec
-    return ExpertLoad(
-        len(need.experts), spec.num_experts, spec.num_experts_per_tok, need.expert_slot_bytes
-    )
 
 
 def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> Kept:

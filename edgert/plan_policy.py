@@ -6,15 +6,19 @@ A streamed model reads everything that is not resident once a pass. A longer pas
 often for a prompt, but its activations push weights out of memory, which every later token pays.
 What counts is the time of a typical turn: a prompt of `PROMPT` tokens and an answer of `ANSWER`.
 
-Of experts a pass reads those that its tokens choose and memory lacks, each once: of E experts, k a
-token, all as likely, n tokens choose E (1 - (1 - k / E)^n). A longer pass shares them among
-more tokens; its activations take slots from experts, which every later token misses.
+Of experts a pass reads those that its tokens choose and memory lacks, each once: one that a token
+uses with chance p is chosen by n tokens with 1 - (1 - p)^n. The chances are those of the model's
+profile, else all are k / E. A longer pass shares experts among more tokens; its activations take
+slots from experts, which every later token misses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from edgert.device_profile import DeviceProfile
 from edgert.units import MIB
@@ -77,23 +81,33 @@ def fastest_pass(
     return None if best is None else best[1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertLoad:
-    """The routed experts of a model, as many in each layer and all as likely."""
+    """The routed experts of a model, and how likely a token uses each."""
 
-    layers: int
-    experts: int
-    k: int
     record_bytes: int
+    chances: npt.NDArray[np.float64]  # of all layers, descending
+
+    @classmethod
+    def of(
+        cls,
+        layers: int,
+        experts: int,
+        k: int,
+        record_bytes: int,
+        chances: npt.NDArray[np.float64] | None = None,
+    ) -> ExpertLoad:
+        """With the `chances` of a profile, (layers, experts), else with all as likely."""
+        found = np.full(layers * experts, k / experts) if chances is None else chances.reshape(-1)
+        return cls(record_bytes, -np.sort(-found))
 
     def used(self, tokens: int) -> float:
         """Experts that a pass of so many tokens computes, over all layers."""
-        left: float = (1 - self.k / self.experts) ** tokens
-        return self.layers * self.experts * (1 - left)
+        return self.missed(tokens, 0)
 
     def missed(self, tokens: int, slots: int) -> float:
-        """Those of them that are not in `slots` slots."""
-        return self.used(tokens) * max(1 - slots / (self.layers * self.experts), 0.0)
+        """Those of them that are not in `slots` slots, which hold the likeliest."""
+        return float((1 - (1 - self.chances[slots:]) ** tokens).sum())
 
 
 def expert_turn_seconds(

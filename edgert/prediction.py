@@ -14,13 +14,26 @@ from each other, both linear in the time they share:
                                           F' = S / R' seconds that reads take beside computing;
                                           and S / (cores x repack rate) for placing what was read
 
-The pass takes the larger one. They meet where both resources are always busy. C is a sum of named
-terms: every weight is read from memory once (`memory`) or multiplied (`compute`), whichever takes
-longer for its format; the KV cache is read (`attention`); ops have barriers (`overhead`).
+The pass takes the larger one. They meet where both resources are always busy.
 
-Measured by the profile: R, R', L, the rates of each format's kernels and of its repacking, memory,
-one op, one small read. Assumed: `TOKEN_SECONDS` for sampling and text. Not counted: arithmetic of
-attention over a long prompt, and caches that hold a small model whole.
+*Experts* are asked for when the router of their layer has chosen. Until then the disk rests, in
+each of N layers; at last one part is placed, and threads wake for it. With M experts missing in a
+layer, and B under way at a time, (1 - B / M) of the lesser of their reading and the arithmetic X of
+experts is hidden:
+
+    C + N (wake + latency + placing + wave) + r - (1 - B / M) min(X, r),  r = S / (R `_DEMAND`)
+
+and at least S / R. A disk that is held to R on the average, as by a control group, gives more in
+the time of a layer: there the profile's burst takes the place of R.
+
+C is a sum of named terms: every weight is read from memory once (`memory`) or multiplied
+(`compute`), whichever takes longer for its format; the KV cache is read (`attention`); ops have
+barriers (`overhead`).
+
+Measured by the profile: R, R', L, burst and latency of the disk, the rates of each format's kernels
+and of its repacking, memory, one op, one small read. Assumed: `TOKEN_SECONDS` for sampling and
+text. Not counted: arithmetic of attention over a long prompt, and caches that hold a small model
+whole.
 """
 
 from __future__ import annotations
@@ -29,9 +42,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edgert.device_profile import DeviceProfile
+import numpy as np
+import numpy.typing as npt
+
+from edgert.device_profile import DeviceProfile, drifted
 from edgert.models.spec import ModelSpec
 from edgert.plan import Plan
+from edgert.plan_policy import ExpertLoad
 from edgert.storage.manifest import Manifest
 
 __all__ = ["PROMPT_TOKENS", "Prediction", "Terms", "predict"]
@@ -41,10 +58,13 @@ Misses = Callable[[int], float]  # tokens of a pass -> experts that have to be r
 PROMPT_TOKENS = 256  # of the prompt that is predicted where none is named
 TOKEN_SECONDS = 0.4e-3  # sampler, text and Python for each token: 0.3 to 0.5 ms measured
 _LAYER_OPS = 13  # ops of a dense layer that end in a barrier
-# Missing experts are read layer by layer, each layer beginning with an idle disk: the share of the
-# disk's rate they reach, and what a layer waits beside (0.5, 1 and 2 GiB of a 3.7 GB model of 64
-# experts, 16 layers, disk at 1.8 to 2.2 GB/s).
-_DEMAND, _LAYER_WAIT_SECONDS = 0.75, 0.9e-3
+# What is read on demand reaches a share of the disk's rate: the last parts of a layer are under way
+# alone, beside cores that compute (fitted to 25 and 60 % of one model, tried on others: DESIGN.md).
+_DEMAND = 0.8
+_WAKE_SECONDS = 0.26e-3  # from a router to the first read (storage/README.md)
+# Threads woken for an expert that has come, and their barriers: beside the waits of a token went
+# 20 ms and 0.5 for each of 11 to 90 experts missing (16 layers, 2 cores).
+_WAVE_SECONDS = 0.5e-3
 _REPEATED = 0.5  # share of a prompt's tokens that occurred before: their rows are read once
 
 
@@ -98,6 +118,7 @@ def predict(
     device_bytes_per_s: float = 0.0,
     misses: Misses | None = None,
     *,
+    chances: npt.NDArray[np.float64] | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     position: int | None = None,
 ) -> Prediction | None:
@@ -105,12 +126,13 @@ def predict(
 
     `device_bytes_per_s`: the rate of the disk as measured now, in place of the profile's.
     `position`: where decoding is predicted, by default just behind the prompt. `misses`: experts to
-    be read for a pass of so many tokens, from the model's profile (expert_forecast.py).
+    be read for a pass of so many tokens, from the model's profile (expert_forecast.py); `chances`
+    of it: that a token uses an expert.
     """
     formats = {t.format.name for t in manifest.tensors.values() if len(t.shape) > 1}
     if not profile.covers(sorted(formats)):
         return None
-    model = _Model(plan, spec, manifest, profile, device_bytes_per_s, misses)
+    model = _Model(plan, spec, manifest, profile, device_bytes_per_s, misses, chances)
     prompt_tokens = max(1, min(prompt_tokens, plan.context_length - 1))
     decode = model.run_pass(1, prompt_tokens if position is None else position)
     passes = [
@@ -153,6 +175,7 @@ class _Model:
         profile: DeviceProfile,
         device_bytes_per_s: float,
         misses: Misses | None,
+        chances: npt.NDArray[np.float64] | None,
     ) -> None:
         self.plan, self.spec, self.profile = plan, spec, profile
         self.dense: dict[str, _Work] = {}
@@ -167,17 +190,22 @@ class _Model:
                 _add(self.experts, entry.format.name, entry.extent.nbytes, entry.parameters)
         count = spec.num_hidden_layers * spec.num_experts if spec.is_moe else 0
         self.missing = 1 - plan.expert_slots / count if count else 0.0  # share of experts
-        self.misses = misses or (lambda tokens: self.missing * self._experts_used(tokens) * count)
+        layers, k = spec.num_hidden_layers, spec.num_experts_per_tok
+        load = ExpertLoad.of(layers, max(spec.num_experts, 1), k, plan.expert_bytes, chances)
+        self.load = load if count else None
+        self.misses = misses or (lambda tokens: load.missed(tokens, plan.expert_slots))
         repack = min(r.repack_bytes_per_s for r in profile.kernels.values()) * plan.threads
         profiled = profile.read_bytes_per_s(plan.staging_bytes, plan.reader_threads)
         self.repack = repack
         self.rate = min(device_bytes_per_s or profiled, repack)
         self.busy_rate = min(profile.busy_read_bytes_per_s, self.rate)
+        burst = min(profile.burst_bytes_per_s, repack)
+        self.burst_rate = burst if burst > self.rate and drifted(self.rate, burst) else self.rate
 
     def run_pass(self, tokens: int, position: int) -> Terms:
         """What a pass of `tokens` tokens costs whose first is at `position`."""
         plan, profile, spec = self.plan, self.profile, self.spec
-        memory = compute = 0.0
+        memory = compute = experts = 0.0
         used = self._experts_used(tokens)
         for group, share, times in (
             (self.dense, 1.0, tokens),
@@ -189,13 +217,13 @@ class _Model:
                 read = share * work.nbytes / rate.token_bytes_per_s
                 multiply = share * times * work.weights / rate.batch_macs_per_s
                 limited = rate.token_bytes_per_s < 0.8 * profile.memory_bytes_per_s
+                experts += max(read, multiply) if group is self.experts else 0.0
                 if multiply > read or limited:
                     compute += max(read, multiply)
                 else:
                     memory += read
-        streamed = float(plan.streamed_bytes)
-        if self.missing:
-            streamed += self.misses(tokens) * plan.expert_bytes
+        misses = self.misses(tokens) if self.missing else 0.0
+        streamed = plan.streamed_bytes + misses * plan.expert_bytes
         kv = plan.region("KV cache").nbytes / plan.context_length * (position + tokens)
         attention = kv / profile.memory_bytes_per_s
         rows = 0.0 if plan.embedding_resident else 1 + (tokens - 1) * _REPEATED
@@ -207,12 +235,25 @@ class _Model:
         taken = (1 - profile.busy_memory_share) / profile.busy_read_bytes_per_s
         compute_bound = cores + streamed * taken + repack
         longest = max(disk_bound, compute_bound)
-        if self.missing:  # experts are asked for when the router has chosen: nothing overlaps
-            longest = cores + flash / _DEMAND + spec.num_hidden_layers * _LAYER_WAIT_SECONDS
+        if misses:
+            longest = max(flash, self._on_demand(misses, streamed, cores, experts))
         contention = longest - max(flash, cores)
         return Terms(
             flash, memory, compute, attention, repack, contention, overhead, longest + overhead
         )
+
+    def _on_demand(self, misses: float, streamed: float, cores: float, experts: float) -> float:
+        """Seconds of a pass that reads experts once they are chosen, from a disk that rests before.
+
+        `cores`: seconds of the cores, `experts` of them for experts.
+        """
+        plan, layers = self.plan, self.spec.num_hidden_layers
+        placing = plan.staging_bytes * plan.threads / self.repack
+        wait: float = _WAKE_SECONDS + self.profile.latency_seconds + placing + _WAVE_SECONDS
+        reading = streamed / (self.burst_rate * _DEMAND)
+        under_way = plan.reader_threads * plan.staging_bytes / plan.expert_bytes  # experts
+        hidden = max(1 - under_way * layers / misses, 0.0) * min(experts, reading)
+        return cores + layers * wait + reading - hidden
 
     @property
     def hit_rate(self) -> float | None:
@@ -228,8 +269,8 @@ class _Model:
         return self.spec.num_experts_per_tok / self.spec.num_experts if self.experts else 0.0
 
     def _experts_used(self, tokens: int) -> float:
-        """Share of the experts that `tokens` tokens need, if all are chosen equally often."""
-        return 1 - (1 - self._active_share) ** tokens
+        """Share of the experts that `tokens` tokens need."""
+        return self.load.used(tokens) / len(self.load.chances) if self.load else 0.0
 
 
 def _add(group: dict[str, _Work], name: str, nbytes: float, weights: float) -> None:

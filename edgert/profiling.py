@@ -21,6 +21,7 @@ import numpy.typing as npt
 from edgert.bench_harness import Case, read_case
 from edgert.compiling import compile_apart
 from edgert.device_profile import (
+    LATENCY_READ,
     SAMPLE_BYTES,
     SATURATING,
     SMALL_READ,
@@ -37,15 +38,16 @@ from edgert.quant.formats import FORMATS
 from edgert.storage.backend import FileBackend
 from edgert.storage.device import measure_read_rate
 from edgert.threads import ThreadTeam
-from edgert.units import KIB, MIB
+from edgert.units import MIB
 
 __all__ = ["ensure_profile"]
 
 Progress = Callable[[str, int, int], object]
-REQUESTS = (256 * KIB, MIB, 2 * MIB)
+REQUESTS = (LATENCY_READ, MIB, 2 * MIB)
 READERS = (1, 4, 6)
 _SECONDS = 0.06  # of one rate
 _ROUNDS = 2
+_REST_SECONDS = 0.1
 _TRIALS = 3
 _OPS = 200
 _ARENA_BYTES = 256 * MIB  # far more than any cache
@@ -115,7 +117,7 @@ class _Bench:
         memory = self.reading.nbytes / _seconds(self.reading)
         return DeviceProfile(
             threads=self.team.threads, measured_at=time.time(), direct=True,
-            sample_bytes=sample_bytes, reads=(), busy_read_bytes_per_s=0.0,
+            sample_bytes=sample_bytes, reads=(), burst_bytes_per_s=0.0, busy_read_bytes_per_s=0.0,
             busy_memory_share=1.0, memory_bytes_per_s=memory,
             op_seconds=float("inf"), kernels={},
         )  # fmt: skip
@@ -128,7 +130,11 @@ class _Bench:
                 backend, request_bytes=request, threads=readers, seconds=seconds
             )
 
-        rate(*SATURATING, 2 * _SECONDS)  # not counted: a throttled disk grants a burst after a rest
+        bursts = []
+        for _ in range(_ROUNDS):
+            time.sleep(_REST_SECONDS)
+            bursts.append(rate(*SATURATING, _SECONDS / 2))
+        rate(*SATURATING, 2 * _SECONDS)  # not counted: what a throttled disk grants is used up
         points = [(SMALL_READ, 1), *((n, readers) for n in REQUESTS for readers in READERS)]
         found = [[rate(*point) for point in points] for _ in range(_ROUNDS)]
         means = [sum(rates) / _ROUNDS for rates in zip(*found, strict=True)]
@@ -137,7 +143,8 @@ class _Bench:
         busy, memory = self._busy(partial(rate, *SATURATING, 4 * _SECONDS))
         return replace(
             profile, direct=backend.direct, reads=reads,
-            sample_bytes=min(size, SAMPLE_BYTES), busy_read_bytes_per_s=busy,
+            sample_bytes=min(size, SAMPLE_BYTES), burst_bytes_per_s=max(bursts),
+            busy_read_bytes_per_s=busy,
             busy_memory_share=min(memory / alone, 1.0), measured_at=time.time(),
             disk_drifted=False,
         )  # fmt: skip

@@ -14,7 +14,8 @@ PROFILE = DeviceProfile(
     threads=2, measured_at=time.time(), direct=True, sample_bytes=2**40,
     reads=(ReadRate(SMALL_READ, 1, 40e6), ReadRate(256 * KIB, 4, 0.9e9), ReadRate(MIB, 1, 1e9),
            ReadRate(MIB, 4, 2e9), ReadRate(MIB, 6, 2e9), ReadRate(2 * MIB, 6, 2e9)),
-    busy_read_bytes_per_s=1e9, busy_memory_share=0.9, memory_bytes_per_s=32e9, op_seconds=1e-6,
+    burst_bytes_per_s=2e9, busy_read_bytes_per_s=1e9, busy_memory_share=0.9,
+    memory_bytes_per_s=32e9, op_seconds=1e-6,
     kernels={name: KernelRate(32e9, 300e9, 8e9) for name in BY_NAME},
 )  # fmt: skip
 

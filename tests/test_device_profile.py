@@ -50,14 +50,14 @@ def test_what_is_saved_is_loaded(files: list[Path]) -> None:
 
 
 def _damaged(**changes: Any) -> str:
-    return json.dumps({"version": 1, "profile": PROFILE.to_dict() | changes})
+    return json.dumps({"version": 2, "profile": PROFILE.to_dict() | changes})
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "null", "[]", "7", "{}", '{"version": 1}', '{"version": 1, "profile": []}',
-        json.dumps({"version": 2, "profile": PROFILE.to_dict()}),
+        "", "{", "null", "[]", "7", "{}", '{"version": 1}', '{"version": 2, "profile": []}',
+        json.dumps({"version": 1, "profile": PROFILE.to_dict()}),
         _damaged(memory_bytes_per_s=-1.0), _damaged(memory_bytes_per_s=math.nan),
         _damaged(busy_read_bytes_per_s=math.inf), _damaged(op_seconds="fast"),
         _damaged(reads=[]), _damaged(reads=[{"request_bytes": 1}]), _damaged(reads=7),

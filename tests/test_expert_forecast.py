@@ -42,7 +42,7 @@ def test_without_a_profile_nothing_is_forecast() -> None:
 
 
 def test_favourites_are_missed_less_than_even_routing_is() -> None:
-    even = ExpertLoad(8, 32, 4, 1)
+    even = ExpertLoad.of(8, 32, 4, 1)
     for slots in (40, 100, 200):
         skewed, random = (forecast_misses(learnt(k), slots, 64) for k in ("skewed", "random"))
         assert skewed is not None and random is not None
@@ -60,7 +60,7 @@ def test_more_slots_miss_less_and_all_of_them_nothing() -> None:
 
 
 def test_what_a_pass_uses_is_the_union_of_its_tokens() -> None:
-    load, rng = ExpertLoad(3, 16, 4, 1), np.random.default_rng(1)
+    load, rng = ExpertLoad.of(3, 16, 4, 1), np.random.default_rng(1)
     assert load.used(1) == pytest.approx(3 * 4)
     unions = [
         sum(len({e for _ in range(10) for e in rng.permutation(16)[:4]}) for _ in range(3))
@@ -70,17 +70,39 @@ def test_what_a_pass_uses_is_the_union_of_its_tokens() -> None:
     assert load.missed(10, 48) == 0
 
 
+def test_what_a_profile_says_takes_the_place_of_even_chances() -> None:
+    even = ExpertLoad.of(8, 32, 4, 1)
+    skewed, random = (learnt(kind) for kind in ("skewed", "random"))
+    for known in (skewed, random):
+        assert known.chances.shape == (8, 32) and known.chances.max() <= 1
+        assert known.chances.sum() == pytest.approx(8 * 4, rel=0.01)
+        load = ExpertLoad.of(8, 32, 4, 1, known.chances)
+        sample = known.sample.astype(int)
+        for n in (1, 8, 64):  # the union of n tokens, counted
+            unions = [
+                sum(len(np.unique(sample[at : at + n, layer])) for layer in range(8))
+                for at in range(0, len(sample) - n + 1, n)
+            ]
+            assert load.used(n) == pytest.approx(np.mean(unions), rel=0.05)
+            assert load.used(n) <= 1.001 * even.used(n)
+            assert load.missed(n, 256) == 0
+    assert ExpertLoad.of(8, 32, 4, 1, skewed.chances).missed(1, 64) < 0.7 * even.missed(1, 64)
+
+
 @pytest.mark.parametrize("mib", [190, 240, 300])
 @pytest.mark.parametrize("disk", [0.1e9, 1e9, 4e9])
-def test_the_chosen_pass_is_the_fastest_of_all(mib: int, disk: float) -> None:
+@pytest.mark.parametrize("kind", ["", "skewed"])
+def test_the_chosen_pass_is_the_fastest_of_all(mib: int, disk: float, kind: str) -> None:
     """The slow twin: every pass is planned whole, and its turn computed from the plan."""
     with_profile, spec = profile(disk), MODELS["wide-moe"]
+    chances = learnt(kind).chances if kind else None
     needs: dict[int, Any] = {}
 
     def turn(tokens: int | None) -> tuple[float, int]:
         wanted = PlanOptions(mib * MIB, threads=2, context_length=512, prefill_tokens=tokens)
-        found = plan_memory(spec, manifest_of("wide-moe"), wanted, PROCESS, needs, with_profile)
-        load = ExpertLoad(8, 32, 4, found.expert_slot_bytes)
+        manifest = manifest_of("wide-moe")
+        found = plan_memory(spec, manifest, wanted, PROCESS, needs, with_profile, chances)
+        load = ExpertLoad.of(8, 32, 4, found.expert_slot_bytes, chances)
         streamed = sum(t.nbytes for t in found.tiles if t.stream_index >= 0)
         rates = rates_of(with_profile, 2)
         seconds = expert_turn_seconds(

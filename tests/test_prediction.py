@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ import pytest
 
 import edgert
 from edgert import engine as engine_module
+from edgert.device_profile import ReadRate
 from edgert.plan import Plan
-from edgert.prediction import TOKEN_SECONDS, Prediction, predict
+from edgert.prediction import (
+    _DEMAND,
+    _WAKE_SECONDS,
+    _WAVE_SECONDS,
+    TOKEN_SECONDS,
+    Prediction,
+    predict,
+)
 from edgert.units import GIB
 from tests.command import inside
 from tests.device import PROFILE, profile
@@ -94,6 +103,45 @@ def test_experts_that_are_missing_are_a_guess_and_marked() -> None:
     assert whole.decode_tok_s > half.decode_tok_s
     # One token needs 8 of 64 experts: about an eighth of their weights.
     assert whole.decode.memory < 0.35 * plan("64-experts", full).resident_bytes / 32e9
+
+
+def _half(**options: Any) -> tuple[Plan, Prediction]:
+    floor, full = ends("64-experts", context_length=512)
+    found = plan("64-experts", (floor + full) // 2, context_length=512)
+    return found, predicted("64-experts", found, **options)
+
+
+def test_missing_experts_wait_for_their_router_in_every_layer() -> None:
+    found, usual = _half(misses=lambda tokens: 32.0)
+    spec = MODELS["64-experts"]
+    cores = usual.decode.memory + usual.decode.compute + usual.decode.attention
+    reading = 32 * found.expert_bytes / (2e9 * _DEMAND)
+    latency = 256 * 1024 * (1 / 0.3e9 - 1 / 2e9)
+    wait = _WAKE_SECONDS + latency + found.staging_bytes / 8e9 + _WAVE_SECONDS
+    slow = replace(PROFILE, reads=(*PROFILE.reads, ReadRate(256 * 1024, 1, 0.3e9)))
+    _, late = _half(misses=lambda tokens: 32.0, profile=slow)
+    total = cores + spec.num_hidden_layers * wait + reading + late.decode.overhead
+    assert late.decode.total == pytest.approx(total)
+    assert late.decode_tok_s < usual.decode_tok_s
+
+
+def test_a_long_pass_computes_experts_while_others_are_read() -> None:
+    count = MODELS["64-experts"].num_hidden_layers * 64
+    found, result = _half(misses=lambda tokens: min(8.0 * tokens, count / 2))
+    terms = result.prefill
+    cores, reading = terms.memory + terms.compute + terms.attention, terms.flash / _DEMAND
+    assert max(cores, reading) < terms.total < 0.85 * (cores + reading)
+    assert found.prefill_tokens >= 64
+
+
+def test_a_disk_held_to_a_rate_gives_more_in_the_time_of_a_layer() -> None:
+    """What it grants in advance covers the rests between layers, and no more than that."""
+    found, held = _half(misses=lambda tokens: 32.0, device_bytes_per_s=0.5e9)
+    slow = profile(disk=0.5e9, burst_bytes_per_s=0.5e9)
+    _, always = _half(misses=lambda tokens: 32.0, device_bytes_per_s=0.5e9, profile=slow)
+    flash = 32 * found.expert_bytes / 0.5e9
+    assert held.decode.flash == always.decode.flash == pytest.approx(flash)
+    assert flash <= held.decode.total < 0.85 * always.decode.total
 
 
 def test_a_format_that_was_not_measured_gives_no_prediction() -> None:
