@@ -201,6 +201,7 @@ def test_an_interrupted_run_is_continued(
     for module in (pack_format, pack_writer, pack_verify):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
+    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
     monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
     source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
     edgert.pack_model(source, tmp_path / "whole", nested="3+1+4")
