@@ -40,7 +40,7 @@ def acceptance_path(files: Sequence[Path], plan: Plan) -> Path:
 
 def load_acceptance(files: Sequence[Path], plan: Plan) -> dict[bool, Acceptance]:
     """What is known of greedy (True) and of sampled drafts, or what is assumed."""
-    found = {greedy: self_acceptance() for greedy in _MODES.values()}
+    found = {greedy: self_acceptance(greedy) for greedy in _MODES.values()}
     if plan.can_draft and _is_on():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             plain = json.loads(acceptance_path(files, plan).read_text(encoding="utf-8"))

@@ -262,7 +262,9 @@ class Forward:
 
         Part i ends before row `ends[i]` of the program; then `look(i, n)` may read the buffers of a
         pass of n tokens. The sums are those of `evaluate`, and no logits are made. Only for a plan
-        that streams no matrices, whose tiles count whole passes. Raises as `evaluate` does.
+        that streams no matrices, whose tiles count whole passes. A change of the budget comes after
+        it; a pass that it stops begins again, to the same bits, behind what was looked at. Raises
+        as `evaluate` does.
         """
         with self.lock, self._boundary:
             self.check_open()
@@ -270,20 +272,37 @@ class Forward:
             self._ticket = None
             self._team.arm()
             self._cached, self._drafted = [], []
-            program = self._programs.full
             assert not self._plan.streamed_bytes
             for start in range(0, len(tokens), self._plan.prefill_tokens):
-                now = tokens[start : start + self._plan.prefill_tokens]
-                if self._broken:
-                    self._recover()
-                self._broken = True
-                self._set_tokens(now, start, 0)
-                for part, (first, end) in enumerate(pairwise([0, *ends])):
-                    self._team.run(program.part(first, end))
-                    self._weights.raise_if_failed()
-                    self._raise_if_cancelled()
-                    look(part, len(now))
-                self._broken = False
+                now, seen = tokens[start : start + self._plan.prefill_tokens], 0
+                while seen < len(ends):
+                    seen = self._walk_parts(now, start, ends, look, seen)
+
+    def _walk_parts(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        ends: Sequence[int],
+        look: Callable[[int, int], object],
+        seen: int,
+    ) -> int:
+        """Try a pass in parts, `seen` of which were looked at; how many are now."""
+        if self._broken:
+            self._recover()
+        self._broken = True
+        self._set_tokens(tokens, position, 0)
+        self._raise_if_cancelled()
+        for part, (first, end) in enumerate(pairwise([0, *ends])):
+            self._team.run(self._programs.full.part(first, end))
+            self._weights.raise_if_failed()
+            if self._team.stopped:
+                self._raise_if_cancelled()
+                return seen
+            if part >= seen:
+                look(part, len(tokens))
+                seen = part + 1
+        self._broken = False
+        return seen
 
     def _check(self, tokens: Sequence[int], start: int, vocabulary: int) -> None:
         """Refuse what cannot be computed; the tokens before `start` were checked before."""
