@@ -35,7 +35,6 @@ def self_acceptance(greedy: bool) -> Acceptance:
 
 def self_drafter(
     forward: Forward,
-    vocabulary: int,
     sampler: Sampler,
     ends: Collection[int],
     acceptance: Acceptance,
@@ -45,6 +44,8 @@ def self_drafter(
 
     They raise `StorageError`, `CancelledError`.
     """
-    return ModelDrafter(
-        NAME, lambda text: forward.draft(text, vocabulary, ticket), sampler, ends, acceptance
+    drafter = ModelDrafter(
+        NAME, lambda text: forward.draft(text, ticket), sampler, ends, acceptance
     )
+    drafter.can_go_on = True
+    return drafter

@@ -185,6 +185,7 @@ class Oracle:
 
     name = "oracle"
     is_free = False
+    can_go_on = False
 
     def __init__(self, text: Sequence[int], wrong: set[int], seconds: float) -> None:
         self.acceptance = Acceptance([0.5, 0.5])
@@ -195,6 +196,12 @@ class Oracle:
         for at in range(len(tokens), len(self._text)):
             self.clock += self._seconds
             yield self._text[at] + (at in self._wrong), int(at not in self._wrong)
+
+    def ready(self, tokens: Sequence[int]) -> int:
+        return 0
+
+    def ahead(self, text: list[int], chance: float, most: int) -> None:
+        raise AssertionError("it cannot go on")
 
 
 def race(
