@@ -50,7 +50,7 @@ class _Part:
 
     program: Program
     layer: int
-    tile: int  # the last streamed one; -1: none
+    tile: int  # the first streamed one; -1: none
 
 
 class DraftWalk:
@@ -107,8 +107,9 @@ class DraftWalk:
         return self._logits.copy()
 
     def walk_beside(self, ahead: Ahead) -> None:
-        """Walk the full program with the frame as it is, drafting while tiles are awaited.
+        """Walk the full program with the frame as it is, drafting while no tile is there.
 
+        (Until all tiles of a part were there, the ring filled up and the disk rested.)
         Raises `StorageError`; ends early where the team was stopped.
         """
         frame, streamer = self._team.frame, self._weights.streamer
@@ -182,7 +183,7 @@ def _parts(program: Program, most: int) -> list[_Part]:
         streamed = [i for i in range(begin, layer_end) if tiles[i] >= 0]
         ends = [i + 1 for i in streamed[most - 1 :: most] if i + 1 < layer_end]
         for end in (*ends, layer_end):
-            tile = max(int(tiles[begin:end].max()), -1)
+            tile = next((int(tiles[i]) for i in streamed if begin <= i < end), -1)
             found.append(_Part(program.part(begin, end), layer, tile))
             begin = end
     return found
