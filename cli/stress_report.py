@@ -144,7 +144,10 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
         return run.roof_share if run.drafts_itself and is_easy == easy else None
 
     def busy(run: Run) -> float | None:
-        return run.stats["disk_busy_share"] if run.timed and run.drafts_itself else None
+        """Time with a read under way, or the rate used if that is more: a slowed disk saves up."""
+        if not (run.timed and run.drafts_itself):
+            return None
+        return max(run.stats["disk_busy_share"], run.read_share or 0.0)
 
     def rate(run: Run) -> float | None:
         return None if run.found["experts"] else run.read_share
