@@ -147,7 +147,8 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
         """Time with a read under way, or the rate used if that is more: a slowed disk saves up."""
         if not (run.timed and run.drafts_itself):
             return None
-        return max(run.stats["disk_busy_share"], run.read_share or 0.0)
+        share: float = run.stats["disk_busy_share"]
+        return max(share, run.read_share or 0.0)
 
     def rate(run: Run) -> float | None:
         return None if run.found["experts"] else run.read_share
