@@ -1,7 +1,7 @@
 """Writing a pack: bytes in order into a partial file, which becomes the pack when it is whole.
 
-Data goes past the page cache, 4 MiB at a time, where the system can: filling pages that are thrown
-away again took longer than the disk (0.45 of 1.4 GB/s on a virtual machine).
+Data goes past the page cache, 4 MiB at a time, where the system can: no pages are filled to be
+thrown away again (0.8 s of system time a GB instead of 1.3).
 
 Owns: checksums as the data passes, the partial file and what it takes to continue it, putting the
 finished file in place. Must not know what the bytes are.
