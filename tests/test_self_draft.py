@@ -45,6 +45,7 @@ def slow_flash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And nothing is known of how often these models are right."""
     monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: tmp_path / "cache" / "k")
     monkeypatch.setattr(PassCosts, "table", lambda self, most: [1.0] * (most + 1))
+    monkeypatch.setattr(PassCosts, "line", PassCosts.table)
     monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
 
 
