@@ -380,6 +380,7 @@ def debug_options(function: F) -> F:
 
 
 def without_learning() -> None:
-    """Measure runs as the first ones, unless the user says otherwise: a profile of experts learnt
-    from the same text would flatter the next run of it."""
+    """Measure runs as the first ones, unless the user says otherwise: what was learnt of experts
+    and drafts from the same text would flatter the next run of it."""
     os.environ.setdefault("EDGERT_EXPERT_PROFILE", "off")
+    os.environ.setdefault("EDGERT_ACCEPTANCE", "off")

@@ -10,7 +10,13 @@ import click
 
 import edgert
 from edgert import BudgetError, format_bytes
-from edgert.cli.options import ModelOptions, debug_options, json_option, load_options
+from edgert.cli.options import (
+    ModelOptions,
+    debug_options,
+    draft_option,
+    json_option,
+    load_options,
+)
 from edgert.cli.progress import Progress
 from edgert.cli.report import atomic_file, note, print_json, require_matplotlib, table
 
@@ -22,6 +28,7 @@ __all__ = ["forecast_text", "plan"]
 
 @click.command()
 @load_options
+@draft_option
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Write a PNG of predicted speed by budget."
 )
@@ -74,7 +81,9 @@ def _forecast(options: ModelOptions) -> Forecast:
             elif not told:
                 progress.update(done, total, what)
 
-        found = edgert.forecast(options.path, on_progress=show, **options.for_plan())
+        found = edgert.forecast(
+            options.path, draft_model=options.draft_model, on_progress=show, **options.for_plan()
+        )
     if not found.profile_kept:
         logging.getLogger("edgert").debug(
             "the cache folder cannot be written: the machine is measured each time"
@@ -101,6 +110,7 @@ def forecast_text(found: Forecast) -> str:
         f"prefill  {about}{guess.prefill_tok_s:.4g} tok/s, {guess.prompt_tokens} tokens in "
         f"{guess.first_token_seconds:.2g} s",
         f"decode   {about}{guess.decode_tok_s:.3g} tok/s, limited by {limit}",
+        *_draft_model(found),
         *_drafting(found),
         *_routing_lines(found),
         "",
@@ -110,6 +120,12 @@ def forecast_text(found: Forecast) -> str:
     header += ["with drafts"] if drafts else []
     rows = [_row(point, drafts) for point in found.curve]
     return "\n".join(lines) + "\n" + table(header, rows)
+
+
+def _draft_model(found: Forecast) -> list[str]:
+    """What a draft model takes. (How often it will be right, only running it tells.)"""
+    nbytes = found.draft_model_bytes
+    return [f"draft    its model takes {format_bytes(nbytes)} of the process"] if nbytes else []
 
 
 def _drafting(found: Forecast) -> list[str]:

@@ -44,6 +44,16 @@ def _number(text: str, *, least: int, most: int = 2**31) -> int:
     return int(text)
 
 
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{text!r} is not a number from 0 on")
+    return value
+
+
 def _one_of(text: str, *, names: Sequence[str]) -> str:
     if text not in names:
         raise InputError(f"{text!r} is none of {', '.join(names)}")
@@ -86,6 +96,11 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
             show_default=True, metavar="LIST",
             callback=_listed(partial(_one_of, names=("f16", "f32"))),
             help="Number formats of the KV cache, f16 or f32.",
+        ),
+        click.option(
+            "--temp", "--temperature", "temperatures", default="0", show_default=True,
+            metavar="LIST", callback=_listed(_temperature),
+            help="Temperatures of sampling; 0 takes the likeliest token.",
         ),
         click.option(
             "--fault", "faults", default="none", metavar="LIST",
@@ -135,6 +150,14 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
     "--disk-rate", default="0", metavar="SIZE", callback=_rate,
     help="Let the disk be read at no more than this a second, such as 1000MB; 0: its own rate.",
 )  # fmt: skip
+@click.option(
+    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+    help="Seed of all sampling.",
+)  # fmt: skip
+@click.option(
+    "--speculate", is_flag=True,
+    help="Let runs guess tokens, as edgert run does; what they are compared with does not.",
+)  # fmt: skip
 @click.option("--live", is_flag=True, help="Change the budget while generating: 50 % and back.")
 @click.option(
     "--engines", type=click.IntRange(1, 16), default=1, show_default=True,
@@ -145,6 +168,10 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
     help="Also run llama.cpp (mmap) in such groups and give the ratios.",
 )  # fmt: skip
 @click.option("--baseline-python", metavar="PYTHON", help="The Python that has llama-cpp-python.")
+@click.option(
+    "--baseline-model", type=click.Path(path_type=Path), metavar="FILE",
+    help="The GGUF that llama.cpp runs, where edgert runs a pack of it.",
+)  # fmt: skip
 @click.option(
     "--time-limit", type=click.IntRange(min=1), default=600, show_default=True, metavar="SECONDS",
     help="End a run that takes longer.",
@@ -163,6 +190,7 @@ def stress(
     time_limit: int,
     baseline: str | None,
     baseline_python: str | None,
+    baseline_model: Path | None,
     **sweep: Any,
 ) -> None:
     """Run under real memory limits and compare.
@@ -174,11 +202,13 @@ def stress(
     \b
     edgert stress                               a quick check, bundled model
     edgert stress A.gguf B.gguf --runs 200 ...  many runs (README.md has them)
+    edgert stress A.edgert --speculate -n 64    a nested pack that drafts for itself
     edgert stress A.gguf --disk-rate 1000MB --baseline llamacpp
 
     The verdict is the first line of the output. Exit code 6: a run needed more than its budget;
     1: something else went wrong. Without control groups memory is sampled, and the verdict says so.
     """
+    from edgert.cli.stress_baseline import LlamaCpp
     from edgert.cli.stress_cases import Sweep, all_cases, choose, with_references
     from edgert.cli.stress_outcome import Outputs, compare, judge, sigterm_as_interrupt
 
@@ -197,7 +227,7 @@ def stress(
     out = Outputs(report, plot, as_json)
     with sigterm_as_interrupt():
         if baseline is not None:
-            compare(cases, baseline_python, time_limit, out)
+            compare(cases, LlamaCpp(baseline_python, baseline_model), time_limit, out)
         else:
             judge(with_references(cases), time_limit, out)
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
@@ -22,12 +23,23 @@ from edgert.cli.bench_model import some_text
 from edgert.cli.cgroup import drop_page_cache
 from edgert.cli.options import Budget, ModelOptions
 from edgert.cli.stress_cases import Case
-from edgert.cli.stress_runs import open_group, probe_disk
+from edgert.cli.stress_runs import open_group, probe_disk, run_case
 
-__all__ = ["BASELINE_HEADER", "Comparison", "baseline_rows", "compare_case", "ratio_line"]
+__all__ = [
+    "BASELINE_HEADER", "Comparison", "LlamaCpp", "baseline_rows", "compare_case", "ratio_line",
+]  # fmt: skip
 
 _PAST = 4  # tokens before those whose decoding is timed
 _SIDES = ("llama.cpp", "edgert")
+_STEADY = 4  # tokens of llama.cpp where edgert guesses: each costs it the same
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCpp:
+    """What it is run with."""
+
+    python: str | None = None  # the interpreter that has it; None: this one
+    model: Path | None = None  # None: the model of the case
 
 
 @dataclass(slots=True)
@@ -65,27 +77,39 @@ class Comparison:
         return asdict(self) | {"over": self.over, "ratios": ratios}
 
 
-def compare_case(case: Case, python: str | None, time_limit: float, turn: int) -> Comparison:
+def compare_case(case: Case, llama: LlamaCpp, time_limit: float, turn: int) -> Comparison:
     """Ask both the same; who begins changes with `turn`.
 
-    Raises `InputError` when `python` has no llama-cpp-python.
+    Where edgert may guess it generates a text of its own, as in every other run. Raises
+    `InputError` when there is no llama-cpp-python, or a file that it cannot read.
     """
+    theirs = llama.model or case.model
+    if theirs.suffix == ".edgert":
+        raise InputError(f"llama.cpp cannot read {theirs}; name a GGUF with --baseline-model")
     sides = {}
     for name in _SIDES if turn % 2 else _SIDES[::-1]:
-        drop_page_cache(edgert.read_manifest(case.model).files)
-        sides[name] = _measure(name, case, python, time_limit)
+        for path in {case.model, theirs}:
+            drop_page_cache(edgert.read_manifest(path).files)
+        if case.speculate and name == "edgert":
+            sides[name] = _generate(case, time_limit)
+        else:
+            sides[name] = _measure(name, case, llama.python, theirs, time_limit)
     return Comparison(case, sides)
 
 
-def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Side:
+def _generate(case: Case, time_limit: float) -> Side:
+    run = run_case(case, time_limit)
+    speeds = [run.stats.get(name, 0.0) for name in ("decode_tok_s", "prefill_tok_s")]
+    return Side(speeds[0], speeds[1], run.peak_bytes, run.device_bytes_per_s, run.message)
+
+
+def _measure(name: str, case: Case, python: str | None, theirs: Path, time_limit: float) -> Side:
     budget = Budget(str(case.budget_bytes), case.budget_bytes)
     options = ModelOptions(
         case.model, budget, case.context_length, case.threads, case.kv_cache_type
     )
     threads = options.plan().threads
-    commands = worker_commands(
-        options, threads, case.context_length, python, options.path, repack=False
-    )
+    commands = worker_commands(options, threads, case.context_length, python, theirs, repack=False)
     argv, env = commands[name]
     tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(case.model).metadata)
     text = some_text(tokenizer, case.prompt_tokens + case.max_tokens + _PAST)
@@ -100,7 +124,8 @@ def _measure(name: str, case: Case, python: str | None, time_limit: float) -> Si
         try:
             with _limited(worker, time_limit) as late:
                 worker.wait_ready(lambda *_: None)
-                tokens = text[_PAST : _PAST + case.max_tokens]
+                count = min(case.max_tokens, _STEADY if case.speculate else case.max_tokens)
+                tokens = text[_PAST : _PAST + count]
                 answer = worker.ask(text[:_PAST], tokens, True)
                 side.decode_tok_s = len(tokens) / answer["seconds"]
                 side.top.append(answer["top"])

@@ -33,10 +33,13 @@ class Sweep:
     threads: tuple[int, ...]  # 0: one a core
     kv_cache_types: tuple[str, ...]
     faults: tuple[str, ...] = ("",)
+    temperatures: tuple[float, ...] = (0.0,)
     max_tokens: int = 16
     disk_rate: int = 0  # bytes/s; 0: as fast as it is
     live: bool = False
     engines: int = 1
+    seed: int = 0
+    speculate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +61,27 @@ class Case:
     fault_number: int = 1  # of the read that fails
     live: tuple[int, ...] = ()  # budgets to change to while generating
     engines: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    speculate: bool = False  # guess tokens; what it is compared with never does
 
     @property
     def text(self) -> tuple[object, ...]:
         """Equal for cases that must give equal tokens and logits."""
         rounds = self.prompt_tokens + self.max_tokens > self.context_length
         same = (self.model, self.prompt_tokens, self.max_tokens, self.kv_cache_type)
-        return (*same, self.context_length if rounds else 0)
+        drawn = (self.temperature, self.seed if self.temperature else 0)
+        return (*same, *drawn, self.context_length if rounds else 0)
 
     @property
     def plain(self) -> bool:
-        """True without faults, live changes and company: fit to be compared with."""
+        """True without faults, live changes and company."""
         return not self.fault and not self.live and self.engines == 1
+
+    @property
+    def fit(self) -> bool:
+        """True where others may be compared with it: nothing special, and no guesses."""
+        return self.plain and not self.speculate
 
     @property
     def name(self) -> str:
@@ -77,6 +89,8 @@ class Case:
         parts = [f"{self.model.stem} {self.asked} c{self.context_length} p{self.prompt_tokens}"]
         parts += [f"t{self.threads}"] if self.threads else []
         parts += [self.kv_cache_type] if self.kv_cache_type != "f16" else []
+        parts += [f"temp {self.temperature:g}"] if self.temperature else []
+        parts += ["guessing"] if self.speculate else []
         if self.fault:
             parts.append(self.fault + (f"@{self.fault_number}" if "eio" in self.fault else ""))
         parts += ["live"] if self.live else []
@@ -90,10 +104,10 @@ def all_cases(sweep: Sweep) -> list[Case]:
     Raises what planning a model raises, and `InputError` when nothing is left.
     """
     found = []
-    for number, (model, kv_type, prompt, context, threads, budget, fault) in enumerate(
+    for number, (model, kv_type, prompt, context, threads, heat, budget, fault) in enumerate(
         itertools.product(
             sweep.models, sweep.kv_cache_types, sweep.prompts, sweep.contexts, sweep.threads,
-            sweep.budgets, sweep.faults,
+            sweep.temperatures, sweep.budgets, sweep.faults,
         )
     ):  # fmt: skip
         length = min(context or _enough(prompt + sweep.max_tokens), _trained_context(model))
@@ -109,7 +123,7 @@ def all_cases(sweep: Sweep) -> list[Case]:
                 model, budget.text, nbytes, raised, nbytes >= full, length, prompt,
                 threads or None, kv_type, sweep.max_tokens, sweep.disk_rate, fault,
                 _failing_read(number), tuple(int(nbytes * share) for share in _LIVE)
-                if sweep.live else (), sweep.engines,
+                if sweep.live else (), sweep.engines, heat, sweep.seed, sweep.speculate,
             )
         )  # fmt: skip
     if not found:
@@ -140,7 +154,7 @@ def with_references(cases: Sequence[Case]) -> list[Case]:
     for case in cases:
         if case.text not in known:
             known.add(case.text)
-            same = [c for c in left if c.text == case.text and c.resident and c.plain]
+            same = [c for c in left if c.text == case.text and c.resident and c.fit]
             if same:
                 left.remove(same[0])
             found.append(same[0] if same else _resident(case))
@@ -154,7 +168,7 @@ def _resident(case: Case) -> Case:
     full, _ = _full_and_floor(case.model, case.context_length, case.threads, case.kv_cache_type)
     return replace(
         case, asked="100%", budget_bytes=full, raised=False, resident=True, disk_rate=0, fault="",
-        live=(), engines=1,
+        live=(), engines=1, speculate=False,
     )  # fmt: skip
 
 

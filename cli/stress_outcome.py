@@ -19,6 +19,7 @@ from edgert.cli.report import note, print_json, table
 from edgert.cli.stress_baseline import (
     BASELINE_HEADER,
     Comparison,
+    LlamaCpp,
     baseline_rows,
     compare_case,
     ratio_line,
@@ -83,12 +84,12 @@ def judge(cases: Sequence[Case], time_limit: float, out: Outputs) -> None:
     _end(whole, [(run.case, run.peak_bytes) for run in runs if run.over], found)
 
 
-def compare(cases: Sequence[Case], python: str | None, time_limit: float, out: Outputs) -> None:
+def compare(cases: Sequence[Case], llama: LlamaCpp, time_limit: float, out: Outputs) -> None:
     """Run both engines on the cases and print the ratios; raises as `judge` does."""
     found: list[Comparison] = []
 
     def do(case: Case) -> str:
-        found.append(compare_case(case, python, time_limit, len(found)))
+        found.append(compare_case(case, llama, time_limit, len(found)))
         return ratio_line(found[-1:])
 
     whole = _each(cases, do)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from edgert import format_bytes
 from edgert.cli.stress_runs import Run
@@ -26,6 +27,7 @@ __all__ = [
 GROWTH_BYTES = 8 * 2**20  # of the resident size, over the last four fifths of a long run
 _SHRINK_SECONDS = 2.0
 _WAITED = 0.05  # share of decode time; below, compute was the limit and the disk idle with reason
+_EASY = 0.595  # of a model's file as budget: 60 %, rounded to MiB
 _LARGE = 2 * 2**30  # budgets from which most of the memory must hold weights
 
 
@@ -130,7 +132,23 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
         return tuple(value for run in done if (value := figure(run)) is not None)
 
     def waited(figure: Callable[[Run], float | None]) -> Callable[[Run], float | None]:
-        return lambda run: figure(run) if run.stats.get("stall_share", 0.0) >= _WAITED else None
+        def found(run: Run) -> float | None:
+            says = run.stats.get("stall_share", 0.0) >= _WAITED and not run.case.speculate
+            return figure(run) if says else None
+
+        return found
+
+    def drafted(run: Run, *, easy: bool) -> float | None:
+        file_bytes = run.found["first_pass_bytes"]
+        is_easy = not run.case.temperature and run.case.budget_bytes >= _EASY * file_bytes
+        return run.roof_share if run.drafts_itself and is_easy == easy else None
+
+    def busy(run: Run) -> float | None:
+        """Time with a read under way, or the rate used if that is more: a slowed disk saves up."""
+        if not (run.timed and run.drafts_itself):
+            return None
+        share: float = run.stats["disk_busy_share"]
+        return max(share, run.read_share or 0.0)
 
     def rate(run: Run) -> float | None:
         return None if run.found["experts"] else run.read_share
@@ -159,6 +177,11 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
                 values(waited(rate))),
         Promise("decode / plain roof, waiting for it", 0.93, "", False,
                 values(waited(lambda run: run.roof_share))),
+        Promise("drafting / plain roof, greedy, from 60 %", 4.0, "", False,
+                values(partial(drafted, easy=True))),
+        Promise("drafting / plain roof, else", 2.5, "", False,
+                values(partial(drafted, easy=False))),
+        Promise("disk busy, drafting", 0.9, "", False, values(busy)),
         Promise("resident / budget, from 2 GiB", 0.85, "", False, values(resident)),
         Promise("predicted tok/s, error", 20.0, "%", True, values(prediction), 10.0),
         Promise("first token / bound", 1.0, "", True, values(first)),
@@ -175,8 +198,8 @@ def _shrinks(change: dict[str, float]) -> bool:
 PROMISE_HEADER = ("promise", "bound", "median", "worst", "runs", "")
 RUN_HEADER = (
     "run", "limit", "judged by", "exit", "peak", "hits", "prefill tok/s", "decode tok/s",
-    "MiB/tok", "read GB/s", "device", "share", "roof", "resident", "predicted", "first token",
-    "bound", "logits",
+    "tok/pass", "guessed", "MiB/tok", "read GB/s", "device", "share", "busy", "roof", "resident",
+    "predicted", "first token", "bound", "logits",
 )  # fmt: skip
 
 
@@ -192,6 +215,7 @@ def _row(run: Run) -> list[str]:
     stats, first = run.stats, run.first_token or (None, None)
     mark = " (raised)" if run.case.raised else ""
     predicted = stats.get("predicted_tok_s") or None
+    drafted = stats.get("drafted_tokens", 0)
     device = run.device_bytes_per_s / 1e9 or None
     return [
         run.case.name + mark,
@@ -202,10 +226,13 @@ def _row(run: Run) -> list[str]:
         str(run.limit_hits),
         shown("{:.1f}", stats.get("prefill_tok_s")),
         shown("{:.2f}", stats.get("decode_tok_s")),
+        shown("{:.1f}", run.tokens_per_pass),
+        f"{stats['accepted_tokens']} of {drafted}" if drafted else "-",
         shown("{:.0f}", stats["read_bytes_per_token"] / 2**20 if stats else None),
         shown("{:.2f}", stats["read_bytes_per_s"] / 1e9 if stats else None),
         shown("{:.2f}", device),
         shown("{:.2f}", run.read_share),
+        shown("{:.2f}", stats.get("disk_busy_share")),
         shown("{:.2f}", run.roof_share),
         shown("{:.2f}", run.resident_share),
         shown("{:.2f}", predicted),

@@ -107,8 +107,20 @@ class Run:
     @property
     def prediction(self) -> float | None:
         """Predicted tokens/s over measured, less 1; None where nothing was predicted."""
-        predicted: float = self.stats.get("predicted_tok_s", 0.0)
-        return predicted / self.stats["decode_tok_s"] - 1 if self.timed and predicted else None
+        predicted: float = self.stats.get("predicted_tok_s", 0.0)  # without guesses
+        says = self.timed and predicted and not self.case.speculate
+        return predicted / self.stats["decode_tok_s"] - 1 if says else None
+
+    @property
+    def drafts_itself(self) -> bool:
+        """True when the model guessed tokens with the bits of it that were in memory."""
+        return any(d["drafter"] == "self" for d in self.stats.get("drafts", []))
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens that a pass gave while decoding."""
+        passes = self.stats.get("decode_passes", 0)
+        return (self.stats["generated_tokens"] - 1) / passes if passes else None
 
     @property
     def first_token(self) -> tuple[float, float] | None:
@@ -139,6 +151,9 @@ class Run:
             parts.append("refused" if self.refused else "an error, then equal output again")
         if self.stats:
             parts.append(f"{self.stats['decode_tok_s']:.2f} tok/s")
+        if self.stats.get("drafted_tokens"):
+            right, made = self.stats["accepted_tokens"], self.stats["drafted_tokens"]
+            parts.append(f"guessed {right} of {made}")
         if self.read_share is not None:
             parts.append(f"{100 * self.read_share:.0f} % of the device")
         return ", ".join([*parts, f"{self.seconds:.1f} s"])
@@ -153,6 +168,7 @@ class Run:
             "seconds": self.seconds, "device_bytes_per_s": self.device_bytes_per_s,
             "read_share": self.read_share, "roof_share": self.roof_share,
             "resident_share": self.resident_share, "prediction_error": self.prediction,
+            "tokens_per_pass": self.tokens_per_pass,
             "first_token_bound_seconds": first[1], "growth_bytes": self.growth_bytes,
             "message": self.message, "tokens": self.found.get("tokens", []), "stats": self.stats,
             "found": found,
@@ -172,6 +188,7 @@ class Task(NamedTuple):
     live: tuple[int, ...]
     fault: str
     fault_number: int
+    sampling: dict[str, Any]  # options of `generate`
     started: float  # of `time.monotonic`, which all processes share
 
 
@@ -188,6 +205,11 @@ def _command(case: Case) -> list[str]:
         live=case.live,
         fault=case.fault,
         fault_number=case.fault_number,
+        sampling={
+            "temperature": case.temperature,
+            "seed": case.seed,
+            "speculate": case.speculate,
+        },
         started=time.monotonic(),
     )
     return [sys.executable, "-m", "edgert.cli.stress_worker", json.dumps(task._asdict())]

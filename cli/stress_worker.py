@@ -56,7 +56,7 @@ class _Runner:
         prompt = (self._text[start:] + self._text * 2)[: task["prompt_tokens"]]
         events = engine.generate(
             prompt, stream=True, max_tokens=task["max_tokens"] - len(self.tokens),
-            temperature=0, seed=0, logit_bias=self._ends, speculate=False,
+            logit_bias=self._ends, **task["sampling"],
         )  # fmt: skip
         for event in events:
             if not self.tokens:

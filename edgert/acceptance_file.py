@@ -1,7 +1,8 @@
 """How often a model's own drafts were right, kept from one run to the next.
 
 Owns: the file of a model and width of base. Must not know what is done with it. A file that cannot
-be read, or holds nonsense, counts as none; one that cannot be written is not kept.
+be read, or holds nonsense, counts as none; one that cannot be written is not kept. With
+`EDGERT_ACCEPTANCE` set to "off" nothing is read or kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.draft_forecast import draft_bits
-from edgert.kept_files import keep_file
+from edgert.kept_files import keep_file, prune_files
 from edgert.kernels_cpu.cache import cache_root
 from edgert.plan import Plan
 from edgert.self_draft import self_acceptance
@@ -23,8 +24,10 @@ from edgert.speculation import Acceptance
 
 __all__ = ["load_acceptance", "save_acceptance"]
 
+ENVIRONMENT = "EDGERT_ACCEPTANCE"
 _MODES = {"sampled": False, "greedy": True}
 _ENOUGH = 50.0  # tokens verified before something is worth keeping
+_MOST_FILES = 64  # of half a KiB
 
 
 def acceptance_path(files: Sequence[Path], plan: Plan) -> Path:
@@ -37,8 +40,8 @@ def acceptance_path(files: Sequence[Path], plan: Plan) -> Path:
 
 def load_acceptance(files: Sequence[Path], plan: Plan) -> dict[bool, Acceptance]:
     """What is known of greedy (True) and of sampled drafts, or what is assumed."""
-    found = {greedy: self_acceptance() for greedy in _MODES.values()}
-    if plan.can_draft:
+    found = {greedy: self_acceptance(greedy) for greedy in _MODES.values()}
+    if plan.can_draft and _is_on():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             plain = json.loads(acceptance_path(files, plan).read_text(encoding="utf-8"))
             for name, greedy in _MODES.items():
@@ -48,8 +51,15 @@ def load_acceptance(files: Sequence[Path], plan: Plan) -> dict[bool, Acceptance]
 
 def save_acceptance(files: Sequence[Path], plan: Plan, known: dict[bool, Acceptance]) -> None:
     """Keep what was learnt, if it is enough."""
-    if not plan.can_draft or max(known[greedy].learnt for greedy in known) < _ENOUGH:
+    enough = max(known[greedy].learnt for greedy in known) >= _ENOUGH
+    if not (plan.can_draft and enough and _is_on()):
         return
     plain: dict[str, Any] = {name: known[greedy].state() for name, greedy in _MODES.items()}
     with contextlib.suppress(OSError):
-        keep_file(acceptance_path(files, plan), json.dumps(plain).encode())
+        path = acceptance_path(files, plan)
+        if keep_file(path, json.dumps(plain).encode()):
+            prune_files(path.parent, _MOST_FILES)
+
+
+def _is_on() -> bool:
+    return os.environ.get(ENVIRONMENT) != "off"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,11 @@ from edgert.speculation import Acceptance
 if TYPE_CHECKING:
     from edgert.engine import Engine
     from edgert.forward import Ticket
+    from edgert.models.spec import ModelSpec
     from edgert.opening import Opened
+    from edgert.plan import Plan
 
-__all__ = ["NAME", "DraftModel", "check_vocabularies", "open_draft_model"]
+__all__ = ["NAME", "DraftModel", "check_vocabularies", "draft_bytes", "open_draft_model"]
 
 NAME = "draft model"
 _PREFILL = 64  # tokens of a pass: a small model reads a prompt fast enough
@@ -52,14 +54,11 @@ class DraftModel:
 
     def __init__(self, engine: Engine) -> None:
         """Takes over `engine`, which must hold all its weights: raises `BudgetError` if not."""
-        plan = engine.plan
-        experts = engine.spec.num_hidden_layers * engine.spec.num_experts
-        if plan.streamed_bytes or plan.expert_slots < experts:
+        try:
+            _check_whole(engine.plan, engine.spec)
+        except BudgetError:
             engine.close()
-            raise BudgetError(
-                plan.budget_bytes, plan.full_bytes, plan.table(),
-                "the draft model must be in memory as a whole; give more memory or a smaller one",
-            )  # fmt: skip
+            raise
         self.engine = engine
         steps = [(i + 1) / (SURENESS + 1) for i in range(SURENESS)]
         self._acceptance = {
@@ -84,6 +83,38 @@ class DraftModel:
         self.engine.close()
 
 
+def _check_whole(plan: Plan, spec: ModelSpec) -> None:
+    """Raise `BudgetError` where not all weights are in memory."""
+    if plan.streamed_bytes or plan.expert_slots < spec.num_hidden_layers * spec.num_experts:
+        raise BudgetError(
+            plan.budget_bytes, plan.full_bytes, plan.table(),
+            "the draft model must be in memory as a whole; give more memory or a smaller one",
+        )  # fmt: skip
+
+
+def _sizes(model: Opened, draft: Opened, context: int | None) -> dict[str, Any]:
+    """The options that both plans of a draft model are made with."""
+    longest = min(model.spec.max_position_embeddings, draft.spec.max_position_embeddings)
+    context = None if context is None else min(context, longest)
+    return {"context_length": context, "prefill_tokens": _PREFILL}
+
+
+def draft_bytes(
+    path: str | Path, model: Opened, budget: int | None, threads: int | None, context: int | None
+) -> int:
+    """What a draft model will add to the process, as planned; raises as `open_draft_model`."""
+    from edgert.loading import TOKEN_BYTES
+    from edgert.opening import open_model, plan_model
+
+    draft = open_model(path)
+    check_vocabularies(model, draft)
+    sizes = _sizes(model, draft, context)
+    plan = plan_model(path, memory_budget=budget, threads=threads, **sizes)
+    _check_whole(plan, draft.spec)
+    process = plan.region("process").nbytes
+    return plan.total_bytes - process + TOKEN_BYTES * draft.spec.vocab_size
+
+
 def open_draft_model(
     path: str | Path, model: Opened, budget: int | None, threads: int | None, context: int | None
 ) -> DraftModel:
@@ -97,10 +128,5 @@ def open_draft_model(
 
     draft = open_model(path)
     check_vocabularies(model, draft)
-    longest = min(model.spec.max_position_embeddings, draft.spec.max_position_embeddings)
-    return DraftModel(
-        load(
-            path, memory_budget=budget, threads=threads, prefill_tokens=_PREFILL,
-            context_length=None if context is None else min(context, longest),
-        )
-    )  # fmt: skip
+    sizes = _sizes(model, draft, context)
+    return DraftModel(load(path, memory_budget=budget, threads=threads, **sizes))

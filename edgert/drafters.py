@@ -23,7 +23,7 @@ def drafters_of(engine: Engine, sampler: Sampler, ticket: Ticket) -> list[Drafte
     ends, found = engine.tokenizer.eos_ids, list[Drafter]()
     if engine.plan.can_draft:
         learnt = engine.acceptance[sampler.is_greedy]
-        found += [self_drafter(engine.forward, engine.vocab_size, sampler, ends, learnt, ticket)]
+        found += [self_drafter(engine.forward, sampler, ends, learnt, ticket)]
     if engine.draft_model is not None:
         found += [engine.draft_model.drafter(sampler, ends, ticket)]
     return found

@@ -20,6 +20,7 @@ from edgert.chat_template import render_chat
 from edgert.config import LoadOptions, SamplingParams
 from edgert.device_profile import load_profile, note_drift
 from edgert.draft_model import DraftModel
+from edgert.draft_walk import DraftWalk
 from edgert.elastic_arena import ElasticArena, arena_bytes
 from edgert.errors import EdgertError, InputError
 from edgert.expert_control import ExpertControl
@@ -74,6 +75,7 @@ class Engine:
         self.last_stats: RunStats | None = None
         self.device_bytes_per_s = 0.0  # until `measure_device`
         self.experts: ExpertControl | None = None  # None: a dense model
+        self._drafts: DraftWalk | None = None  # of a nested model
         self.acceptance = load_acceptance(opened.manifest.files, plan)
         self.prediction: Prediction | None = None  # None: this machine was never profiled
         self.span: Span = timeline.span if timeline else no_span
@@ -113,6 +115,7 @@ class Engine:
         layout = KvLayout(
             spec.num_key_value_heads, spec.head_dim, plan.context_length, plan.kv_cache_type
         )
+        drafts = take_buffers(self._arena, plan, need, drafting=True) if need.bases else None
         kv = self._arena.take("KV cache", spec.num_hidden_layers * layout.layer_bytes, 64)
         table_shape = (plan.context_length, spec.rope_dim // 2, 2)
         table = self._arena.take("rotary table", 4 * plan.context_length * spec.rope_dim, 64)
@@ -130,11 +133,13 @@ class Engine:
             spec, {n: r for n, (r, _) in buffers.items()}, layout, int(kv.ctypes.data),
             int(table.ctypes.data), plan.threads,
         )  # fmt: skip
-        programs = build_programs(self._graph, self.weights)
+        if drafts is not None:
+            self._drafts = DraftWalk(self._graph, drafts, self._team, self.weights, self.span)
+        programs = build_programs(self._graph, self.weights, self._drafts)
         self._describe(programs, plan)
         self.forward = Forward(
             plan, programs, self._team, self.weights, buffers["x"][1], buffers["logits"][1],
-            self.span,
+            self.span, self._drafts,
         )  # fmt: skip
         self._held.append(self.forward.close)
         if spec.is_moe:
@@ -251,7 +256,7 @@ class Engine:
             go_on()
 
         def make() -> tuple[Plan, Programs]:
-            programs = build_programs(self._graph, self.weights.under(plan))
+            programs = build_programs(self._graph, self.weights.under(plan), self._drafts)
             self.weights.resize(plan, on_read)
             self._describe(programs, plan)
             self.plan = plan

@@ -20,7 +20,7 @@ from edgert.expert_forecast import forecast_misses
 from edgert.expert_profile import ExpertProfile, profile_file
 from edgert.loading import known_experts, planner, process_bytes
 from edgert.machine import available_bytes, default_threads
-from edgert.opening import Opened, open_model
+from edgert.opening import Opened, open_model, planned_draft_bytes
 from edgert.plan import Plan
 from edgert.prediction import Prediction, predict
 
@@ -53,12 +53,14 @@ class Forecast:
     drafting: DraftForecast | None  # where the plan lets the model draft for itself
     routing: ExpertProfile | None  # what is known of the model's experts
     profile_kept: bool  # False: the cache folder cannot be written, so it is measured each time
+    draft_model_bytes: int = 0  # of a draft model, inside the region "process"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, beside those of the plan."""
         return {
             "prediction": self.prediction.to_dict(),
             "curve": [asdict(point) for point in self.curve],
+            "draft_model_bytes": self.draft_model_bytes,
             "drafting": None if self.drafting is None else asdict(self.drafting),
             "routing": None if self.routing is None else {
                 "file": str(profile_file(self.routing.identity)),
@@ -90,7 +92,11 @@ def _profile(
 
 
 def forecast(
-    path: str | Path | None = None, *, on_progress: Progress | None = None, **options: Any
+    path: str | Path | None = None,
+    *,
+    draft_model: str | Path | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
 ) -> Forecast:
     """Plan a model, predict its speed on this machine, and do so over its range of budgets.
 
@@ -99,6 +105,8 @@ def forecast(
     """
     opened, chosen = open_model(path), LoadOptions(**options)
     process = process_bytes(opened, measured=False)
+    draft_bytes = planned_draft_bytes(draft_model, opened, chosen)
+    process += draft_bytes
     whole = planner(opened, chosen, process, None)
     full = whole(2**62).full_bytes
     budget = resolve_budget(chosen.memory_budget, full, available_bytes())
@@ -131,4 +139,5 @@ def forecast(
     budgets = sorted({floor + (full - floor) * i // (POINTS - 1) for i in range(POINTS)})
     found = predicted(plan)
     drafts = drafting(plan, found)
-    return Forecast(plan, found, tuple(map(point, budgets)), drafts, known, kept)
+    curve = tuple(map(point, budgets))
+    return Forecast(plan, found, curve, drafts, known, kept, draft_bytes)

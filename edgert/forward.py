@@ -19,9 +19,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from edgert.draft_walk import Ahead, DraftWalk
 from edgert.errors import CancelledError, ContextError, EdgertError, InputError
 from edgert.kernels_cpu import rows
-from edgert.kernels_cpu.program import Program
 from edgert.plan import Plan
 from edgert.programs import Programs
 from edgert.speculation import PassCosts
@@ -68,9 +68,11 @@ class Forward:
         x: _F32,
         logits: _F32,
         span: Span = no_span,
+        drafts: DraftWalk | None = None,
     ) -> None:
         self._plan = plan
         self._programs = programs
+        self._drafts = drafts  # of a nested model
         self._team = team
         self._weights = weights
         self._x = x  # (prefill_tokens, hidden padded)
@@ -88,6 +90,7 @@ class Forward:
         self._change_waits = False
         self.stats = PassStats()
         self.costs = PassCosts(_growth(plan))
+        self._use(plan, programs)
 
     @property
     def plan(self) -> Plan:
@@ -144,11 +147,16 @@ class Forward:
                 self.check_open()
                 self._team.settle()
                 self._broken = True  # the streams begin again, whatever comes of it
-                self._plan, self._programs = make()
+                self._use(*make())
                 self.costs.forget(_growth(self._plan))
             finally:
                 self._change_waits = False
                 self._boundary.notify_all()
+
+    def _use(self, plan: Plan, programs: Programs) -> None:
+        self._plan, self._programs = plan, programs
+        if self._drafts is not None:
+            self._drafts.use(programs, plan.slots, plan.context_length)
 
     def reused(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are in the KV cache already; the last one is always computed."""
@@ -167,10 +175,12 @@ class Forward:
         last: int = 1,
         ticket: Ticket | None = None,
         progress: Callable[[int, int], object] | None = None,
+        ahead: Ahead | None = None,
     ) -> _F32:
         """Logits after each of the `last` tokens, float32 (last, vocabulary), the caller's own.
 
         What the KV cache holds beyond `tokens` is forgotten, so drafts that failed need no undoing.
+        `ahead`: what to draft behind `tokens` while the last pass waits for weights.
         Raises `ContextError`, `InputError` for a token outside the vocabulary, `StorageError` when
         a read failed, `CancelledError` after `cancel`.
         """
@@ -188,24 +198,24 @@ class Forward:
                 stop = min(start + self._plan.prefill_tokens, len(tokens))
                 stop = min(stop, max(start, first) + self._plan.logit_rows)
                 wanted = max(stop - max(start, first), 0)
-                self._run_pass(tokens[start:stop], start, wanted)
+                beside = ahead if stop == len(tokens) else None
+                self._run_pass(tokens[start:stop], start, wanted, beside)
                 self._cached += tokens[start:stop]
                 if wanted:
                     out[stop - wanted - first :][:wanted] = self._logits[:wanted, :vocabulary]
                 start = stop
                 if progress:
                     progress(start, len(tokens))
+            if ahead is not None:
+                self._drafted = ahead.guessed[: ahead.walked]
             return out
 
-    def draft(
-        self, tokens: Sequence[int], vocabulary: int, ticket: Ticket | None = None
-    ) -> _F32 | None:
+    def draft(self, tokens: Sequence[int], ticket: Ticket | None = None) -> _F32 | None:
         """What the resident base of the weights says after the last token: float32 (vocabulary,).
 
         All tokens but the last must have been computed or drafted, else there is no answer: None.
-        The token's keys and values go behind those of computed tokens, where the next `evaluate`
-        writes over them; none of them is ever taken for a computed one. Readers of the stream go
-        on meanwhile. Raises `StorageError`, `CancelledError`.
+        Its keys and values go behind those of computed tokens, where the next `evaluate` writes
+        over them; none is ever taken for a computed one. Raises `StorageError`, `CancelledError`.
         """
         with self.lock, self._boundary:
             self.check_open()
@@ -215,41 +225,35 @@ class Forward:
                 self._boundary.wait()
             start, last = self.reused(tokens), len(tokens) - 1
             behind = list(tokens[start:last])
+            drafted = self._drafted if start == len(self._cached) else []
             if (
-                self._programs.draft is None
+                self._drafts is None
+                or not self._drafts.can_walk
                 or last >= self._plan.context_length
-                or behind != self._drafted[: len(behind)]
+                or behind != drafted[: len(behind)]
             ):
                 return None
             del self._cached[start:]  # rejected ones, whose place is written to now
             self._drafted = behind
-            if not self._walk_draft(self._programs.draft, tokens[last], last):
-                return None
-            self._drafted.append(tokens[last])
-            return self._logits[0, :vocabulary].copy()
+            logits = self._walk_draft(self._drafts, tokens[last], last)
+            if logits is not None:
+                self._drafted.append(tokens[last])
+            return logits
 
-    def _walk_draft(self, program: Program, token: int, position: int) -> bool:
-        """Walk the draft program over one token; False when a change stopped it."""
+    def _walk_draft(self, drafts: DraftWalk, token: int, position: int) -> _F32 | None:
+        """Walk the draft program over one token; None when a change stopped it."""
         if self._broken:
             self._recover()
         self._broken = True
-        self._set_tokens([token], position, 1)
         self._raise_if_cancelled()
         if self._change_waits:
-            return False
-        streams = self._team.streams
-        timeline, streams[rows.S_TIMELINE] = int(streams[rows.S_TIMELINE]), 0
-        try:  # its rows have no names in the timeline
-            with self._span("draft", position):
-                self._team.run(program)
-        finally:
-            streams[rows.S_TIMELINE] = timeline
-        self._weights.raise_if_failed()
+            return None
+        logits = drafts.walk(token, position)
         if self._team.stopped:
             self._raise_if_cancelled()
-            return False
+            return None
         self._broken = False
-        return True
+        return logits
 
     def walk_in_parts(
         self,
@@ -262,7 +266,9 @@ class Forward:
 
         Part i ends before row `ends[i]` of the program; then `look(i, n)` may read the buffers of a
         pass of n tokens. The sums are those of `evaluate`, and no logits are made. Only for a plan
-        that streams no matrices, whose tiles count whole passes. Raises as `evaluate` does.
+        that streams no matrices, whose tiles count whole passes. A change of the budget comes after
+        it; a pass that it stops begins again, to the same bits, behind what was looked at. Raises
+        as `evaluate` does.
         """
         with self.lock, self._boundary:
             self.check_open()
@@ -270,20 +276,37 @@ class Forward:
             self._ticket = None
             self._team.arm()
             self._cached, self._drafted = [], []
-            program = self._programs.full
             assert not self._plan.streamed_bytes
             for start in range(0, len(tokens), self._plan.prefill_tokens):
-                now = tokens[start : start + self._plan.prefill_tokens]
-                if self._broken:
-                    self._recover()
-                self._broken = True
-                self._set_tokens(now, start, 0)
-                for part, (first, end) in enumerate(pairwise([0, *ends])):
-                    self._team.run(program.part(first, end))
-                    self._weights.raise_if_failed()
-                    self._raise_if_cancelled()
-                    look(part, len(now))
-                self._broken = False
+                now, seen = tokens[start : start + self._plan.prefill_tokens], 0
+                while seen < len(ends):
+                    seen = self._walk_parts(now, start, ends, look, seen)
+
+    def _walk_parts(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        ends: Sequence[int],
+        look: Callable[[int, int], object],
+        seen: int,
+    ) -> int:
+        """Try a pass in parts, `seen` of which were looked at; how many are now."""
+        if self._broken:
+            self._recover()
+        self._broken = True
+        self._set_tokens(tokens, position, 0)
+        self._raise_if_cancelled()
+        for part, (first, end) in enumerate(pairwise([0, *ends])):
+            self._team.run(self._programs.full.part(first, end))
+            self._weights.raise_if_failed()
+            if self._team.stopped:
+                self._raise_if_cancelled()
+                return seen
+            if part >= seen:
+                look(part, len(tokens))
+                seen = part + 1
+        self._broken = False
+        return seen
 
     def _check(self, tokens: Sequence[int], start: int, vocabulary: int) -> None:
         """Refuse what cannot be computed; the tokens before `start` were checked before."""
@@ -295,13 +318,15 @@ class Forward:
             if not 0 <= token < vocabulary:
                 raise InputError(f"token {token} is outside the vocabulary of {vocabulary:,}")
 
-    def _run_pass(self, tokens: Sequence[int], position: int, wanted: int) -> None:
+    def _run_pass(
+        self, tokens: Sequence[int], position: int, wanted: int, ahead: Ahead | None
+    ) -> None:
         """One walk of the program over `tokens`; the last `wanted` of them leave logits."""
         with self._boundary:
-            while not self._walk(tokens, position, wanted):
-                pass
+            while not self._walk(tokens, position, wanted, ahead):
+                ahead = None
 
-    def _walk(self, tokens: Sequence[int], position: int, wanted: int) -> bool:
+    def _walk(self, tokens: Sequence[int], position: int, wanted: int, ahead: Ahead | None) -> bool:
         """Try a pass; False when it was stopped, but not by the one who wants it."""
         while self._change_waits:
             self._boundary.wait()
@@ -315,7 +340,10 @@ class Forward:
         if self._change_waits:  # its stop may have come before `_recover` took it back
             return False
         with self._span(PASS, n, position):
-            self._team.run(self._programs.full)
+            if ahead is not None and self._drafts is not None and self._drafts.can_walk:
+                self._drafts.walk_beside(ahead)
+            else:
+                self._team.run(self._programs.full)
         self._weights.raise_if_failed()
         if self._team.stopped:
             self._raise_if_cancelled()

@@ -180,17 +180,30 @@ def _bytes_of(budget: int | str | None) -> int | None:
     return budget
 
 
-def plan_model(path: str | Path | None = None, **options: Any) -> Plan:
+def plan_model(
+    path: str | Path | None = None, *, draft_model: str | Path | None = None, **options: Any
+) -> Plan:
     """The plan of a model without loading it: reads the header and no weight.
 
     Takes the options of `load` that decide a plan, and raises as `load` does.
     """
     from edgert.loading import at_quality, make_plan, process_bytes
 
-    opened = open_model(path)
+    opened, chosen = open_model(path), LoadOptions(**options)
     process = process_bytes(opened, measured=False)
-    opened, chosen = at_quality(opened, LoadOptions(**options), process)
+    process += planned_draft_bytes(draft_model, opened, chosen)
+    opened, chosen = at_quality(opened, chosen, process)
     return make_plan(opened, chosen, process)
+
+
+def planned_draft_bytes(path: str | Path | None, model: Opened, options: LoadOptions) -> int:
+    """What a draft model, if there is one, adds to the process of `model`."""
+    from edgert.draft_model import draft_bytes
+
+    if path is None:
+        return 0
+    budget = _bytes_of(options.memory_budget)
+    return draft_bytes(path, model, budget, options.threads, options.context_length)
 
 
 def warmup(path: str | Path | None = None) -> Iterator[tuple[str, int, int]]:

@@ -81,6 +81,12 @@ _SHAPES = (
 )  # fmt: skip
 
 
+# Of a nested tile half is read, or less: larger ones make up for it. 4 GB at 60 %, without drafts,
+# disk at 2.0 to 2.4 GB/s: 1.11 tok/s with 8 slots of 2.5 MiB, 0.86 and 0.91 with ten of 1.5, 1.17
+# and 1.04 with ten of 3 MiB, in 30.
+_NESTED_SLOTS, _NESTED_GROWTH = 8, 5 / 3
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What stays in memory."""
@@ -118,7 +124,7 @@ def plan_memory(
     fixed = options.prefill_tokens
     shapes = [
         replace(shape, tokens=min(shape.tokens if fixed is None else fixed, longest))
-        for shape in _suited(_SHAPES, profile, manifest.tensor_bytes)
+        for shape in _suited(_SHAPES, profile, manifest)
     ]
     needs = {} if needs is None else needs
     layout = _Layout(spec, manifest, options, process_bytes, needs, chances)
@@ -147,13 +153,16 @@ def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
 
 
 def _suited(
-    shapes: Sequence[Shape], profile: DeviceProfile | None, weight_bytes: int
+    shapes: Sequence[Shape], profile: DeviceProfile | None, manifest: Manifest
 ) -> list[Shape]:
     """The shapes with the requests that the device wants, and not too many tiles."""
     tile_bytes, readers = requests_for(profile)
-    least = weight_bytes // _MOST_TILES
+    least = manifest.tensor_bytes // _MOST_TILES
+    slots = _SHAPES[0].slots
+    if manifest.base_bits:
+        tile_bytes, slots = int(tile_bytes * _NESTED_GROWTH), _NESTED_SLOTS
     return [
-        replace(shape, tile_bytes=tile_bytes, readers=readers)
+        replace(shape, tile_bytes=tile_bytes, readers=readers, slots=slots)
         if (shape.tile_bytes, shape.readers) == USUAL
         else replace(shape, tile_bytes=max(shape.tile_bytes, least))
         for shape in shapes

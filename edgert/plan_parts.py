@@ -246,6 +246,11 @@ def measure(need: Need, context: int, tokens: int) -> Sizes:
         spec, need.inputs, tokens=tokens, logit_rows=rows,
         scratch_bytes=scratch_bytes(spec, need.threads, context),
     )  # fmt: skip
+    if need.bases:  # the draft program has its own, for one token
+        buffers += run_state_buffers(
+            spec, need.inputs, tokens=1, logit_rows=1,
+            scratch_bytes=scratch_bytes(spec, need.threads, context),
+        )  # fmt: skip
     why = f"{context} tokens x {format_bytes(per_token)} ({need.kv_cache_type})"
     return Sizes(
         kv_bytes=kv,

@@ -20,6 +20,7 @@ from edgert.plan_parts import Need, scratch_bytes
 from edgert.storage.arena import Arena
 
 if TYPE_CHECKING:
+    from edgert.draft_walk import DraftWalk
     from edgert.weights import Weights
 
 __all__ = ["Programs", "build_programs", "take_buffers"]
@@ -34,26 +35,31 @@ class Programs:
     inner_rows: tuple[npt.NDArray[np.int64], ...]  # that they refer to: must live as long
 
 
-def build_programs(graph: Graph, weights: Weights) -> Programs:
+def build_programs(graph: Graph, weights: Weights, drafts: DraftWalk | None = None) -> Programs:
     """The programs over the weights as their plan places them."""
     full, inner = build_program(graph, weights)
     drafting = weights.for_drafting()
-    if drafting is None:
+    if drafting is None or drafts is None:
         return Programs(full, None, (inner,))
-    draft, more = build_program(graph, drafting)
+    draft, more = build_program(drafts.graph, drafting)
     return Programs(full, draft, (inner, more))
 
 
 def take_buffers(
-    arena: Arena, plan: Plan, need: Need
+    arena: Arena, plan: Plan, need: Need, *, drafting: bool = False
 ) -> dict[str, tuple[Rows, npt.NDArray[np.float32]]]:
-    """The run state in the arena: address and stride of each buffer, and a float32 view."""
+    """The run state in the arena: address and stride of each buffer, and a float32 view.
+
+    `drafting`: that of the draft program, for one token.
+    """
     found = {}
     for buffer in run_state_buffers(
-        need.spec, need.inputs, tokens=plan.prefill_tokens, logit_rows=plan.logit_rows,
+        need.spec, need.inputs, tokens=1 if drafting else plan.prefill_tokens,
+        logit_rows=1 if drafting else plan.logit_rows,
         scratch_bytes=scratch_bytes(need.spec, plan.threads, plan.context_length),
     ):  # fmt: skip
-        space = arena.take(buffer.name, buffer.nbytes, 64)
+        name = f"draft {buffer.name}" if drafting else buffer.name
+        space = arena.take(name, buffer.nbytes, 64)
         floats = space[: buffer.rows * buffer.stride].view(np.float32)
         place = Rows(int(space.ctypes.data), buffer.stride)
         found[buffer.name] = (place, floats.reshape(buffer.rows, -1))

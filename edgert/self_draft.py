@@ -19,15 +19,22 @@ __all__ = ["NAME", "self_acceptance", "self_drafter"]
 NAME = "self"
 
 
-def self_acceptance() -> Acceptance:
-    """What is known of a base that has not drafted yet; for greedy and for sampled tokens."""
+# Greedy drafts of a base that has not drafted yet, wrong by kind: of stories260K 0.37, 0.10, 0.00
+# with 4 bits of 8 and 0.55, 0.38, 0.10, 0.02 with 3. In its first 80 tokens a model so taken gave
+# 1.01 to 1.27 times the tokens a second of one taken as sampled ones are (replayed drafts).
+_WRONG = 0.45
+
+
+def self_acceptance(greedy: bool) -> Acceptance:
+    """What is known of a base that has not drafted yet."""
+    if greedy:
+        return Acceptance([1 - _WRONG ** (i + 1) for i in range(SURENESS)])
     steps = [(i + 1) / (SURENESS + 1) for i in range(SURENESS)]
     return Acceptance([0.6 + 0.38 * step for step in steps])
 
 
 def self_drafter(
     forward: Forward,
-    vocabulary: int,
     sampler: Sampler,
     ends: Collection[int],
     acceptance: Acceptance,
@@ -37,6 +44,8 @@ def self_drafter(
 
     They raise `StorageError`, `CancelledError`.
     """
-    return ModelDrafter(
-        NAME, lambda text: forward.draft(text, vocabulary, ticket), sampler, ends, acceptance
+    drafter = ModelDrafter(
+        NAME, lambda text: forward.draft(text, ticket), sampler, ends, acceptance
     )
+    drafter.can_go_on = True
+    return drafter

@@ -127,6 +127,7 @@ class Session:
             logits = engine.forward.evaluate(
                 [*tokens, *drafted], engine.vocab_size, last=1 + len(drafted),
                 ticket=self._ticket, progress=progress,
+                ahead=speculator.ahead([*tokens, *drafted], limit - meter.generated - len(drafted)),
             )  # fmt: skip
             meter.pass_done(logits, speculator.drafter, len(drafted))
             if not limit:

@@ -41,6 +41,7 @@ class TileMemory:
         self._address = int(region.ctypes.data)
         self._span = span
         self._units = units_of(opened)
+        self._sorted: tuple[Plan, dict[str, list[TilePlan]]] | None = None
         self._offsets: dict[tuple[str, int, bool, bool], int] = {}
         offset = 0
         for unit in self._units:
@@ -126,9 +127,7 @@ class TileMemory:
     ) -> Matrix:
         entry = self._manifest.tensors[name]
         segments: list[Segment] = []
-        for tile in plan.tiles:
-            if tile.tensor != name:
-                continue
+        for tile in self._tiles_of(plan)[name]:
             segment = segment_of(entry, tile)
             last = segments[-1] if segments else None
             if last and _end(last, entry) == (segment.address, segment.format):
@@ -136,6 +135,16 @@ class TileMemory:
             else:
                 segments.append(segment)
         return Matrix(entry.format, entry.shape[1], tuple(segments), name)
+
+    def _tiles_of(self, plan: Plan) -> dict[str, list[TilePlan]]:
+        """The tiles of each tensor, sorted once a plan: one of 8 GB has up to 16,000."""
+        if self._sorted is not None and self._sorted[0] is plan:
+            return self._sorted[1]
+        found: dict[str, list[TilePlan]] = {}
+        for tile in plan.tiles:
+            found.setdefault(tile.tensor, []).append(tile)
+        self._sorted = plan, found
+        return found
 
 
 def _end(segment: Segment, entry: TensorEntry) -> tuple[int, QuantFormat | None]:

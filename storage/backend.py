@@ -81,12 +81,14 @@ class FileBackend:
         *,
         file_bytes: Sequence[int] | None = None,
         direct: bool = True,
+        watched: bool = True,
     ) -> None:
+        """`watched=False`: of a file that the caller himself writes to, elsewhere, meanwhile."""
         self._paths = tuple(Path(p) for p in paths)
         self._files: list[_File] = []
         try:
             for i, path in enumerate(self._paths):
-                self._files.append(_File(path, direct))
+                self._files.append(_File(path, direct, watched))
                 size = self._files[i].size
                 if file_bytes is not None and size != file_bytes[i]:
                     raise ModelError(
@@ -170,8 +172,9 @@ def _expected(size: int, alignment: int, offset: int, nbytes: int) -> int:
 class _File:
     """One open file and the way it is read."""
 
-    def __init__(self, path: Path, direct: bool) -> None:
+    def __init__(self, path: Path, direct: bool, watched: bool) -> None:
         self.path = path
+        self._watched = watched
         self.direct = False
         self._fd = -1
         self._position_lock = threading.Lock()  # only for systems without positioned reads
@@ -238,7 +241,8 @@ class _File:
                     raise StorageError(self.path, offset, len(view), self._shorter(offset + done))
         # Behind the read: bytes that came before a write are good. 1 us beside a read of 1 ms.
         status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != (self.size, self._written_ns):
+        seen = status.st_size, status.st_mtime_ns
+        if self._watched and seen != (self.size, self._written_ns):
             raise StorageError(self.path, offset, len(view), self._changed(status.st_size))
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)

@@ -26,11 +26,12 @@ def argv(*arguments: object) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """The environment without our variables, with the checkout first on the path; nothing is
-    learnt of a model's experts, whose next run would differ."""
+    learnt of a model, whose next run would differ."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("EDGERT_")}
     kept.pop("NO_COLOR", None)
-    ours = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "EDGERT_EXPERT_PROFILE": "off"}
-    return kept | ours | more
+    ours = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    learning = {"EDGERT_EXPERT_PROFILE": "off", "EDGERT_ACCEPTANCE": "off"}
+    return kept | ours | learning | more
 
 
 def edgert(

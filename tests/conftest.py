@@ -26,7 +26,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ["EDGERT_EXPERT_PROFILE"] = "off"  # no test leaves anything in the user's folders
+    for name in ("EDGERT_EXPERT_PROFILE", "EDGERT_ACCEPTANCE"):
+        os.environ[name] = "off"  # no test leaves anything in the user's folders
     # A copy of the real stderr: during a test, pytest has put a file in its place.
     config.stash[_STDERR] = os.dup(2)
 

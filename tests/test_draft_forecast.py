@@ -72,6 +72,7 @@ def learn(known: Acceptance, tokens: int) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, ...]:
     monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: tmp_path / "cache" / "k")
+    monkeypatch.delenv("EDGERT_ACCEPTANCE", raising=False)
     file = tmp_path / "model.edgert"
     file.write_bytes(b"x" * 10)
     return (file,)
@@ -92,6 +93,25 @@ def test_what_was_learnt_is_kept(cache: tuple[Path, ...]) -> None:
     assert load_acceptance(cache, plan_with(BASED, WHOLE))[True].learnt == 0, "other bits"
     cache[0].write_bytes(b"x" * 11)
     assert load_acceptance(cache, plan)[True].learnt == 0, "another file"
+
+
+def test_few_files_are_kept_and_none_where_it_is_off(
+    cache: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgert.acceptance_file._MOST_FILES", 3)
+    plan = plan_with(BASED)
+    known = load_acceptance(cache, plan)
+    learn(known[True], 80)
+    folder = acceptance_path(cache, plan).parent
+    for size in range(5):
+        cache[0].write_bytes(bytes(size))
+        save_acceptance(cache, plan, known)
+    assert len(list(folder.iterdir())) == 3 and acceptance_path(cache, plan).exists()
+    monkeypatch.setenv("EDGERT_ACCEPTANCE", "off")
+    assert load_acceptance(cache, plan)[True].learnt == 0
+    cache[0].write_bytes(b"another")
+    save_acceptance(cache, plan, known)
+    assert not acceptance_path(cache, plan).exists()
 
 
 @pytest.mark.parametrize(

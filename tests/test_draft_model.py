@@ -199,3 +199,24 @@ def test_another_vocabulary_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
 def test_the_command_says_so(tiny_gguf: Path, tmp_path: Path) -> None:
     run = inside("run", tiny_gguf, "-p", "a", "--draft-model", tmp_path / "no.gguf")
     assert_error(run, 3, "no.gguf")
+
+
+def test_a_plan_counts_what_the_draft_model_takes(
+    drafts: dict[str, Path], tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """As much as the engine's own plan does, and refuses what it refuses."""
+    sizes: dict[str, Any] = {"memory_budget": "2GiB", "threads": 1, "context_length": 256}
+    alone = edgert.plan_model(tiny_gguf, **sizes)
+    both = edgert.plan_model(tiny_gguf, draft_model=drafts["alike"], **sizes)
+    more = both.region("process").nbytes - alone.region("process").nbytes
+    with edgert.load(drafts["alike"], prefill_tokens=64, **sizes) as small:
+        own = small.plan.total_bytes - process_of(small)
+    assert own <= more <= own + MIB and both.total_bytes <= both.budget_bytes
+    assert both.full_bytes == alone.full_bytes + more
+    narrow = tiny_model("llama_narrow", "Q8_0", path=tmp_path / "narrow.gguf")
+    with pytest.raises(InputError, match="another vocabulary"):
+        edgert.plan_model(tiny_gguf, draft_model=narrow)
+    shown = inside("plan", tiny_gguf, "-b", "2GiB", "--draft-model", drafts["alike"])
+    assert shown.returncode == 0 and "draft    its model takes" in shown.stdout, shown.stderr
+    missing = inside("plan", tiny_gguf, "--draft-model", tmp_path / "no.gguf")
+    assert_error(missing, 3, "no.gguf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import pytest
 
 import edgert
 from edgert.errors import UnsupportedError
+from edgert.expert_look import ExpertLook, watch_experts
 from edgert.expert_simulation import simulate
 from edgert.kernels_cpu.moe import moe_route, moe_route_ref
 from edgert.opening import open_model
 from edgert.quant.formats import BY_NAME
 from edgert.quant.quantize import quantize_ref
 from edgert.routing import join_passes
+from edgert.speculation import PassCosts
 from tests import tiny
 from tests.answers import prompt
 from tests.gguf_file import write_gguf
@@ -154,3 +158,54 @@ def test_passes_one_after_another_keep_what_the_next_will_want(
     assert missed["auto"] == misses
     assert misses <= missed["belady"] + len(passes) * experts / 2
     assert misses <= 0.7 * missed["lru"]
+
+
+def test_a_budget_that_changes_while_someone_looks_at_experts(tmp_path: Path) -> None:
+    """The change waits; the pass that it stopped begins again, and nothing is seen twice."""
+    path = tiny.tiny_model("olmoe", "Q8_0", path=tmp_path / "olmoe.gguf")
+    text = prompt(path)
+    with tight(path, None, prefill_tokens=5) as engine:
+        seen: list[tuple[int, bytes]] = []
+        changers: list[threading.Thread] = []
+
+        def look(found: ExpertLook) -> None:
+            seen.append((found.layer, found.out.tobytes() + found.ids.tobytes()))
+
+        def disturbed(found: ExpertLook) -> None:
+            look(found)
+            if len(seen) % 3 == 0 and not any(thread.is_alive() for thread in changers):
+                budget = engine.plan.total_bytes - 8192
+                changers.append(threading.Thread(target=engine.set_memory_budget, args=(budget,)))
+                changers[-1].start()
+                while not engine._team.stopped:
+                    time.sleep(0.001)
+
+        watch_experts(engine, text, look)
+        wanted, seen = seen, []
+        assert len(wanted) == -(-len(text) // 5) * engine.spec.num_hidden_layers
+        before = engine.plan.total_bytes
+        watch_experts(engine, text, disturbed)
+        for thread in changers:
+            thread.join()
+        assert changers and engine.plan.total_bytes < before
+        assert seen == wanted
+
+
+@pytest.mark.parametrize("spare", [0, 200 * 1024, 700 * 1024, None])
+def test_a_nested_mixture_does_not_draft_for_itself(
+    tmp_path: Path, spare: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its experts have no base, so it never could; its dense parts are read whole."""
+    monkeypatch.setattr(PassCosts, "table", lambda self, most: [1.0] * (most + 1))
+    monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
+    source = tiny.tiny_model("olmoe", "Q8_0", path=tmp_path / "olmoe.gguf")
+    path = tmp_path / "olmoe.edgert"
+    assert edgert.pack_model(source, path, nested="4+4").base_bits
+    text = prompt(path)
+    with tight(path, spare, prefill_tokens=9) as engine, tight(source, None) as whole:
+        assert not engine.plan.can_draft and not any(t.base for t in engine.plan.tiles)
+        want = whole.generate(text, max_tokens=20, temperature=0.7, seed=1, speculate=False)
+        found = engine.generate(text, max_tokens=20, temperature=0.7, seed=1)
+        assert found.tokens == want.tokens
+        assert found.stats.logits_hash == want.stats.logits_hash
+        assert all(d.drafter != "self" for d in found.stats.drafts)

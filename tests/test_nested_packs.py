@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +26,7 @@ from edgert.quant.reference import dequantize_ref
 from edgert.storage import pack as pack_format
 from edgert.storage import pack_verify, pack_writer
 from edgert.storage.manifest import Extent, TensorEntry
-from tests.command import assert_error, inside
+from tests.command import assert_error, environment, inside
 from tests.gguf_file import write_gguf
 from tests.test_pack import fail_after
 from tests.test_pack_refused import rewritten, sealed
@@ -206,6 +209,7 @@ def test_an_interrupted_run_is_continued(
     for module in (pack_format, pack_writer, pack_verify):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
+    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
     monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
     source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
     edgert.pack_model(source, tmp_path / "whole", nested="3+1+4")
@@ -218,6 +222,46 @@ def test_an_interrupted_run_is_continued(
         restore()
     edgert.pack_model(source, out, nested="3+1+4")
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+_PACK = """
+import errno, os, signal, sys
+import edgert.storage.pack_writer
+real, left = os.pwrite, [5]
+def pwrite(fd, data, offset):
+    left[0] -= 1
+    if left[0] < 0:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return real(fd, data, offset)
+os.pwrite = pwrite
+edgert.storage.pack_writer._BUFFER_BYTES = 1 << 18
+try:
+    edgert.pack_model(sys.argv[1], sys.argv[2], nested="3+1+4")
+except edgert.EdgertError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
+@pytest.mark.parametrize("how", ["kill", "full"])
+def test_no_file_is_left_that_opens(tmp_path: Path, packed: bytes, how: str) -> None:
+    source, out = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf"), tmp_path / "m.edgert"
+    run = subprocess.run(
+        [sys.executable, "-c", _PACK, str(source), str(out), how],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    if how == "kill":
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    else:
+        assert run.returncode == 1 and "the disk is full" in run.stderr, run.stderr
+    assert not out.exists()
+    with pytest.raises(FormatError, match="partial"):
+        edgert.read_manifest(tmp_path / "m.edgert.partial")
+    edgert.pack_model(source, out, nested="3+1+4")
+    assert out.read_bytes() == packed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.edgert", "m.gguf"]
 
 
 @pytest.fixture(scope="module")

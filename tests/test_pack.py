@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from edgert.kernels_cpu import layout
 from edgert.kernels_cpu.places import FIELDS
 from edgert.quant.formats import BASES, BY_NAME, CODE_BITS, PLANES, part_block_bytes
 from edgert.quant.planes import quantize_planes_ref as quantize
-from edgert.storage import pack, pack_writer
+from edgert.storage import pack, pack_verify, pack_writer
 from edgert.storage.gguf import metadata_bytes
+from edgert.storage.pack_writer import PackWriter
 from tests.command import assert_error, inside
 from tests.gguf_file import write_gguf
 from tests.tight import tight
@@ -167,6 +169,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pack, pack_writer, edgert.storage.pack_verify):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
+    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
     monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
 
 
@@ -227,12 +230,12 @@ def test_an_interrupted_check_is_continued(
 ) -> None:
     out, partial = tmp_path / "m.edgert", tmp_path / "m.edgert.partial"
 
-    def interrupt(what: str, done: int, total: int) -> None:
-        if what == "verify":
-            raise KeyboardInterrupt
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        edgert.pack_model(tiny_gguf, out, on_progress=interrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pack_writer, "verify_pack", interrupt)
+        edgert.pack_model(tiny_gguf, out)
     assert not out.exists()
     with pytest.raises(FormatError):
         edgert.read_manifest(partial)
@@ -268,9 +271,37 @@ def test_what_was_written_is_read_back(
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(FormatError, match="do not match their checksum in "):
+    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 1 << 20)
+    with pytest.raises(FormatError, match="what was read back is not what was written"):
         edgert.pack_model(tiny_gguf, out)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_every_chunk_is_read_back_once_and_most_while_others_are_written(
+    tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written, compared = tmp_path / "m.edgert", 0, list[tuple[int, int, int]]()
+    append, first_wrong = PackWriter.append, pack_verify.first_wrong
+
+    def appended(self: PackWriter, data: memoryview) -> None:
+        nonlocal written
+        append(self, data)
+        written = self.position
+
+    def compare(backend: Any, at: int, view: memoryview, sums: Any) -> int | None:
+        compared.append((at, len(view), written))
+        return first_wrong(backend, at, view, sums)
+
+    monkeypatch.setattr(PackWriter, "append", appended)
+    for module in (pack_writer, pack_verify):
+        monkeypatch.setattr(module, "first_wrong", compare)
+    edgert.pack_model(tiny_gguf, out)
+    size = out.stat().st_size
+    compared.sort()
+    starts = [at for at, _, _ in compared]
+    assert [at + nbytes for at, nbytes, _ in compared] == [*starts[1:], size]
+    assert sum(nbytes for _, nbytes, when in compared if when < written) > 0.9 * written
 
 
 def test_outputs_that_cannot_be(tmp_path: Path, tiny_gguf: Path) -> None:

@@ -45,6 +45,7 @@ def slow_flash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And nothing is known of how often these models are right."""
     monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: tmp_path / "cache" / "k")
     monkeypatch.setattr(PassCosts, "table", lambda self, most: [1.0] * (most + 1))
+    monkeypatch.setattr(PassCosts, "line", PassCosts.table)
     monkeypatch.setattr("edgert.speculation._WORTH_SECONDS", 0.0)
 
 
@@ -143,7 +144,7 @@ def test_a_draft_is_what_the_base_says(engine: edgert.Engine) -> None:
 
     def drafts() -> list[bytes]:
         forward.evaluate(PROMPT, vocabulary)
-        found = [forward.draft(text[:n], vocabulary) for n in range(21, 24)]
+        found = [forward.draft(text[:n]) for n in range(21, 24)]
         assert all(logits is not None for logits in found)
         return [logits.tobytes() for logits in found if logits is not None]
 
@@ -158,13 +159,13 @@ def test_a_draft_is_what_the_base_says(engine: edgert.Engine) -> None:
 def test_no_draft_over_tokens_that_were_not_computed(engine: edgert.Engine) -> None:
     forward, vocabulary = engine.forward, engine.vocab_size
     forward.evaluate(PROMPT, vocabulary)
-    assert forward.draft([*PROMPT, 40, 41], vocabulary) is None
-    assert forward.draft([*PROMPT, 40], vocabulary) is not None
-    assert forward.draft([*PROMPT, 41, 42], vocabulary) is None
-    assert forward.draft([*PROMPT[:-1], 9, 40], vocabulary) is None
+    assert forward.draft([*PROMPT, 40, 41]) is None
+    assert forward.draft([*PROMPT, 40]) is not None
+    assert forward.draft([*PROMPT, 41, 42]) is None
+    assert forward.draft([*PROMPT[:-1], 9, 40]) is None
     longest = (PROMPT * 13)[: engine.context_length]
     forward.evaluate(longest, vocabulary)
-    assert forward.draft([*longest, 1], vocabulary) is None
+    assert forward.draft([*longest, 1]) is None
 
 
 def test_a_pass_computes_again_what_was_drafted(engine: edgert.Engine) -> None:
@@ -174,7 +175,7 @@ def test_a_pass_computes_again_what_was_drafted(engine: edgert.Engine) -> None:
     for drafted in (1, 3):
         forward.evaluate(PROMPT, vocabulary)
         for n in range(drafted):
-            assert forward.draft(text[: 21 + n], vocabulary) is not None
+            assert forward.draft(text[: 21 + n]) is not None
         assert forward.reused(text) == 20
         assert forward.evaluate(text, vocabulary)[0].tobytes() == want
 
@@ -248,9 +249,9 @@ def test_reads_that_fail_while_it_drafts(nested: Path, monkeypatch: pytest.Monke
         want = say(engine, temperature=0, speculate=False)
         draft = Forward.draft
 
-        def failing(self: Forward, tokens: Any, vocabulary: int, ticket: Any = None) -> Any:
+        def failing(self: Forward, tokens: Any, ticket: Any = None) -> Any:
             Failing.broken = True
-            return draft(self, tokens, vocabulary, ticket)
+            return draft(self, tokens, ticket)
 
         for _ in range(2):
             monkeypatch.setattr(Forward, "draft", failing)
@@ -266,8 +267,8 @@ def test_a_cancelled_ticket_drafts_nothing(engine: edgert.Engine) -> None:
     engine.forward.evaluate(PROMPT, engine.vocab_size)
     engine.forward.cancel(ticket)
     with pytest.raises(CancelledError):
-        engine.forward.draft([*PROMPT, 40], engine.vocab_size, ticket)
-    assert engine.forward.draft([*PROMPT, 40], engine.vocab_size) is not None
+        engine.forward.draft([*PROMPT, 40], ticket)
+    assert engine.forward.draft([*PROMPT, 40]) is not None
 
 
 # ------------------------------------------------------------------------ another budget

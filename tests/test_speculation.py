@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 
@@ -185,6 +185,7 @@ class Oracle:
 
     name = "oracle"
     is_free = False
+    can_go_on = False
 
     def __init__(self, text: Sequence[int], wrong: set[int], seconds: float) -> None:
         self.acceptance = Acceptance([0.5, 0.5])
@@ -195,6 +196,12 @@ class Oracle:
         for at in range(len(tokens), len(self._text)):
             self.clock += self._seconds
             yield self._text[at] + (at in self._wrong), int(at not in self._wrong)
+
+    def ready(self, tokens: Sequence[int]) -> int:
+        return 0
+
+    def ahead(self, text: list[int], chance: float, most: int) -> None:
+        raise AssertionError("it cannot go on")
 
 
 def race(
@@ -279,3 +286,23 @@ def test_a_drafter_may_have_nothing_to_say() -> None:
     drafter = Oracle(text[:50], set(), 0.05)
     _, drafts = race(text, drafter, streamed)
     assert [n for _, n in drafts[-49:]] == [0] * 49  # behind the end of what it knows
+
+
+def test_one_slow_pass_does_not_change_what_a_token_costs() -> None:
+    costs = PassCosts(0.02)
+    for n in (1, 4, 6, 9, 12):
+        costs.add(n, 1.0 + 0.03 * (n - 1))
+    exact = costs.line(15)
+    assert exact[1:] == pytest.approx([1.0 + 0.03 * i for i in range(15)])
+    costs.add(8, 2.0)  # a disk that stuttered
+    assert costs.line(15)[1:] == pytest.approx(exact[1:], rel=0.02)
+    assert max(b - a for a, b in pairwise(costs.table(15)[1:])) > 0.08
+    assert PassCosts(0.02).line(4) == []
+
+
+def test_a_line_never_falls() -> None:
+    costs = PassCosts(0.02)
+    for n, seconds in ((1, 2.0), (3, 1.0), (5, 0.5)):
+        costs.add(n, seconds)
+    line = costs.line(6)
+    assert len(line) == 7 and min(line[1:]) > 0 and line[1:] == sorted(line[1:])

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+import edgert as library
 from edgert.cli.disk_rate import slope
-from edgert.cli.options import parse_budget
+from edgert.cli.options import ModelOptions, parse_budget
 from edgert.cli.stress_baseline import Comparison, Side, baseline_rows, ratio_line
 from edgert.cli.stress_cases import Case, Sweep, all_cases, choose, with_references
 from edgert.cli.stress_document import Document, Part, write_document
@@ -31,6 +32,7 @@ MIB = 2**20
 STATS = {
     "decode_tok_s": 2.0, "prefill_tok_s": 9.0, "read_bytes_per_s": 0.9e9, "stall_share": 0.5,
     "read_bytes_per_token": 450e6, "resident_bytes": 50 * MIB, "predicted_tok_s": 1.5,
+    "generated_tokens": 21, "decode_passes": 20, "disk_busy_share": 0.8,
 }  # fmt: skip
 FOUND = {
     "tokens": [1, 2], "logits_hash": "abcdef0123", "streamed_bytes": 400 * 10**6, "experts": False,
@@ -127,6 +129,29 @@ def test_speed_is_not_judged_where_it_says_nothing() -> None:
         assert one.read_share is one.roof_share is one.first_token is one.prediction is None
 
 
+def test_runs_that_guess_are_judged_by_themselves() -> None:
+    """Not as plain ones are; by what is promised of drafting, where the model drafted."""
+    own = {"drafter": "self", "drafted_tokens": 16, "accepted_tokens": 12}
+    more = {"drafted_tokens": 16, "accepted_tokens": 12, "decode_passes": 5, "drafts": [own]}
+    found = {"stats": STATS | more | {"decode_tok_s": 6.0}, "first_pass_bytes": 160 * MIB}
+    greedy = run(found=found, case=case(speculate=True))
+    assert greedy.roof_share == pytest.approx(2.4) and greedy.tokens_per_pass == 4.0
+    assert greedy.prediction is None and greedy.drafts_itself
+    kept = {p.what: (p.kept, p.worst) for p in promises([greedy])}
+    assert "decode / plain roof, waiting for it" not in kept
+    assert kept["drafting / plain roof, greedy, from 60 %"] == (False, pytest.approx(2.4))
+    assert kept["disk busy, drafting"] == (True, pytest.approx(0.9)), "by its rate"
+    (row,) = run_rows([greedy])
+    assert "12 of 16" in row and "4.0" in row and "0.80" in row and "guessing" in row[0]
+    warm = run(found=found, case=case(speculate=True, temperature=0.8))
+    small = run(found=found | {"first_pass_bytes": 200 * MIB}, case=case(speculate=True))
+    (rest,) = [p for p in promises([warm, small]) if p.what == "drafting / plain roof, else"]
+    assert len(rest.values) == 2 and not rest.kept
+    looked_up = found["stats"] | {"drafts": [own | {"drafter": "lookup"}]}
+    other = run(found=found | {"stats": looked_up}, case=case(speculate=True))
+    assert not any("drafting" in p.what for p in promises([other]))
+
+
 # ----------------------------------------------------------------------------- the cases
 
 
@@ -156,6 +181,18 @@ def test_every_text_begins_with_a_resident_run(tiny_gguf: Path) -> None:
     assert all(c.resident and c.plain for c in first.values())
     whole = all_cases(sweep(tiny_gguf))
     assert sorted(map(hash, with_references(whole))) == sorted(map(hash, whole)), "none is added"
+
+
+def test_runs_that_guess_are_compared_with_one_that_does_not(tiny_gguf: Path) -> None:
+    cases = all_cases(
+        sweep(tiny_gguf, contexts=(256,), prompts=(4,), threads=(1,), temperatures=(0.0, 0.8),
+              seed=3, speculate=True)
+    )  # fmt: skip
+    assert len(cases) == 4 and all(c.speculate and c.seed == 3 for c in cases)
+    planned = with_references(cases)
+    assert [c.speculate for c in planned] == [False, True, True] * 2
+    assert [c.temperature for c in planned] == [0.0] * 3 + [0.8] * 3
+    assert len({c.text for c in planned}) == 2 and len({c.name for c in planned}) == 6
 
 
 def test_live_budgets_and_engines(tiny_gguf: Path) -> None:
@@ -251,7 +288,8 @@ def test_wrong_use(tiny_gguf: Path) -> None:
         ("--budgets", "", "not a size"), ("--fault", "fire", "'fire' is none of slow"),
         ("--threads", "0.5", "not a whole number"), ("--disk-rate", "fast", "not a size"),
         ("--prompt-tokens", "0", "from 1 on"), ("-ctk", "q8", "none of f16, f32"),
-        ("--prompt-tokens", "99999999", "no prompt fits"),
+        ("--prompt-tokens", "99999999", "no prompt fits"), ("--temp", "-1", "is not a number"),
+        ("--temp", "hot", "is not a number"), ("--temp", "nan", "is not a number"),
     ):  # fmt: skip
         found = inside("stress", tiny_gguf, option, value)
         assert found.returncode == 2 and words in found.stderr, found.stderr
@@ -288,6 +326,32 @@ def test_faults_budgets_on_the_move_and_company(tiny_gguf: Path) -> None:
     assert [r["fault"] for r in found["runs"]] == ["", "short", "eio"]
     assert all(len(r["found"]["live"]) == 4 for r in found["runs"][1:])
     assert found["runs"][1]["found"]["faults"]["done"] > 0
+
+
+@pytest.mark.timeout(600)
+def test_the_command_lets_a_model_draft_for_itself(tiny_gguf: Path, tmp_path: Path) -> None:
+    """The same tokens as plainly, sampled or not; a slow disk makes drafting pay."""
+    nested = tmp_path / "nested.edgert"
+    library.pack_model(tiny_gguf, nested, nested="4+4")
+    full, floor = ModelOptions(nested, None, 256, None, "f16").full_and_floor()
+    budget = next(
+        nbytes
+        for nbytes in range(floor, full, 64 * 1024)
+        if library.plan_model(nested, memory_budget=nbytes, context_length=256).can_draft
+    )
+    done = edgert(
+        "stress", nested, "--budgets", budget + 256 * 1024, "-n", 24, "-c", 256, "--speculate",
+        "--temp", "0,0.8", "--seed", 1, "--fault", "slow", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)["runs"]
+    assert [r["speculate"] for r in runs] == [False, True] * 2
+    for plain, guessed in (runs[:2], runs[2:]):
+        assert plain["tokens"] == guessed["tokens"] and not plain["stats"]["drafted_tokens"]
+        assert any(d["drafter"] == "self" for d in guessed["stats"]["drafts"]), guessed["stats"]
+    assert runs[0]["tokens"] != runs[2]["tokens"]
+    wrong = inside("stress", nested, "--baseline", "llamacpp", "-n", 1)
+    assert wrong.returncode == 2 and "name a GGUF with --baseline-model" in wrong.stderr
 
 
 def has_matplotlib() -> bool:
