@@ -105,6 +105,7 @@ def plan_admission_ref(
 ) -> AdmissionPlan:
     """`plan_admission`, one expert after the other."""
     taken = {s for s in range(len(owner)) if busy[s]}
+    places = [(o >= 0, r if o >= 0 else 0.0) for o, r in zip(owner, rank, strict=True)]
     admitted: list[Admission] = []
     waiting: list[int] = []
     for expert in wanted:
@@ -112,8 +113,7 @@ def plan_admission_ref(
         for slot in range(len(owner)):
             if slot in taken:
                 continue
-            place = (owner[slot] >= 0, rank[slot])
-            if best < 0 or place < (owner[best] >= 0, rank[best]):
+            if best < 0 or places[slot] < places[best]:
                 best = slot
         if best < 0:
             waiting.append(expert)

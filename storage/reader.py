@@ -106,11 +106,13 @@ class ReaderTeam:
         self,
         take: Callable[[], tuple[Sequence[Extent], _Job] | None],
         place: Callable[[_Job, list[Bytes]], None],
+        excuse: Callable[[_Job, BaseException], bool] = lambda _job, _error: False,
     ) -> None:
         """Threads that read what `take` names next, and threads that `place` what was read.
 
         `take` gives what to read and what to hand to `place`, or None at the end; it may block,
-        and is called by several threads.
+        and is called by several threads. `excuse` says of a read that failed whether the threads
+        go on without it.
         """
         n_placing = max(1, self.n_readers // 3)
         n_reading = max(1, self.n_readers - n_placing)
@@ -128,8 +130,10 @@ class ReaderTeam:
                             free.put(buffer)  # for the next one that waits
                             return
                         raw = self.read(buffer, taken[0])
-                    except BaseException:
+                    except BaseException as error:
                         free.put(buffer)
+                        if excuse(taken[1], error):
+                            continue
                         raise
                     full.put((buffer, raw, taken[1]))
             except BaseException as error:
