@@ -68,7 +68,12 @@ class Prefetcher:
         board = self.board.tolist()
         due, layer, count = board[_DUE], board[_LAYER], board[_COUNT]
         n_layers, n_experts = self._shape
-        if due == self.hint.due or not 0 <= layer < n_layers or not 0 < count <= HINT_MAX:
+        if (
+            due < 1
+            or due == self.hint.due
+            or not 0 <= layer < n_layers
+            or not 0 < count <= HINT_MAX
+        ):
             return None
         experts = dict.fromkeys(board[_EXPERTS : _EXPERTS + count])
         first = layer * n_experts
