@@ -48,14 +48,18 @@ def admit(
     owner: npt.NDArray[np.int64],
     stamps: npt.NDArray[np.int64],
     busy: npt.NDArray[np.bool_],
+    soon: Sequence[int] = (),
 ) -> AdmissionPlan:
     """Slots for the missing experts `wanted`, by a policy, which learns of the uses and misses.
 
     Shapes: owner (n_slots,), -1 free; stamps (n_keys,), those of the current layer the largest;
-    busy (n_slots,). The engine and the simulator both come here.
+    busy (n_slots,). Experts that the next layer may want, `soon`, leave last, as do those of the
+    current one. The engine and the simulator both come here.
     """
     policy.observe(stamps)
     rank = np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
+    if soon:
+        rank[np.isin(owner, soon)] = _CURRENT
     plan = plan_admission(wanted, owner, rank, busy)
     policy.missed(len(plan.admitted))
     return plan

@@ -11,14 +11,16 @@ while it is read, or lie: what is read is checked, and it is advice.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher"]
+__all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher"]
 
+ENVIRONMENT = "EDGERT_PREFETCH"  # "off": no expert is read ahead
 HINT_MAX = 64
 _DUE, _LAYER, _COUNT, _EXPERTS = range(4)
 # Of the last `_JUDGED` experts read ahead half must have been wanted: one that was not costs the
@@ -50,7 +52,7 @@ class Prefetcher:
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self.board: npt.NDArray[np.int64] = np.zeros(_EXPERTS + HINT_MAX, np.int64)
-        self.allowed = True  # by the user
+        self.allowed = os.environ.get(ENVIRONMENT) != "off"  # by the user
         self.counts = PrefetchCounts()
         self.hint = Hint(0, ())  # the newest that was read
         self._loaded: dict[int, int] = {}  # keys in a slot, not wanted yet -> when they are due
@@ -68,12 +70,8 @@ class Prefetcher:
         board = self.board.tolist()
         due, layer, count = board[_DUE], board[_LAYER], board[_COUNT]
         n_layers, n_experts = self._shape
-        if (
-            due < 1
-            or due == self.hint.due
-            or not 0 <= layer < n_layers
-            or not 0 < count <= HINT_MAX
-        ):
+        sound = due > 0 and 0 <= layer < n_layers and 0 < count <= HINT_MAX
+        if due == self.hint.due or not sound:
             return None
         experts = dict.fromkeys(board[_EXPERTS : _EXPERTS + count])
         first = layer * n_experts

@@ -66,9 +66,11 @@ class ExpertSlots:
         found: npt.NDArray[np.int64] = slots[slots >= 0]
         return found
 
-    def move_in(self, keys: Sequence[int], busy: _Bits) -> tuple[Admission, ...]:
+    def move_in(
+        self, keys: Sequence[int], busy: _Bits, soon: Sequence[int] = ()
+    ) -> tuple[Admission, ...]:
         """Give slots to experts, but none that is `busy` (n_slots,); as many as there are."""
-        plan = admit(self.policy, keys, self.owner, self.stamps, busy)
+        plan = admit(self.policy, keys, self.owner, self.stamps, busy, soon)
         for item in plan.admitted:
             if item.evicted >= 0:
                 self.address[item.evicted] = 0
@@ -77,7 +79,7 @@ class ExpertSlots:
             self.slot_of[item.expert] = item.slot
         return plan.admitted
 
-    def move_in_ahead(self, key: int, busy: _Bits, soon: Iterable[int]) -> tuple[Admission, ...]:
+    def move_in_ahead(self, key: int, busy: _Bits, soon: Sequence[int]) -> tuple[Admission, ...]:
         """A slot for an expert nobody asked for: none of the layer's, nor of those named `soon`."""
         busy = busy | ((self.owner >= 0) & (self.stamps[self.owner] == self.stamps.max()))
         busy[self.held(soon)] = True

@@ -352,14 +352,19 @@ class ExpertStreamer:
         """
         if self._without_slot:
             wanted = [other.key for other in self._without_slot]
-            found = self.slots.move_in(wanted, self._busy())
+            found = self.slots.move_in(wanted, self._busy(), self._soon())
             assert len(found) == len(wanted)  # `_look` counted; since then some became free at most
             for item in found:
                 self._queue.loads[item.expert].slot = item.slot
             self._without_slot.clear()
         if load.slot < 0:
-            for item in self.slots.move_in_ahead(load.key, self._busy(), self.prefetcher.hint.keys):
+            for item in self.slots.move_in_ahead(load.key, self._busy(), self._soon()):
                 load.slot = item.slot
+
+    def _soon(self) -> tuple[int, ...]:
+        """What the next layer may want, if a hint is about it."""
+        hint = self.prefetcher.hint
+        return hint.keys if hint.due > int(self.slots.stamps.max()) else ()
 
     def _publish(self, load: Load) -> None:
         """Make an expert visible, and grant it to the groups that want it. With the lock held."""
