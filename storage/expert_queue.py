@@ -60,6 +60,11 @@ class LoadQueue:
         ahead = min(len(self._ahead), READ_AHEAD - len(self._reading_ahead))
         return len(self._wanted) + max(ahead, 0)
 
+    @property
+    def only_ahead(self) -> bool:
+        """True when nothing is queued but what is to be read ahead."""
+        return bool(self._ahead) and not self._wanted
+
     def clear(self) -> None:
         """Forget everything. No reader is at work."""
         self.loads.clear()

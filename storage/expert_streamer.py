@@ -194,6 +194,8 @@ class ExpertStreamer:
         reader, found = threading.get_ident(), False
         while True:
             with self._team.lock:
+                if self._queue.only_ahead:  # what is wanted by now comes first
+                    found = self._look()
                 job = self._queue.take(reader)
                 self._asleep += job is None
                 others = min(self._queue.takers, self._asleep) if found else 0
