@@ -39,7 +39,8 @@ def stats_line(stats: RunStats) -> str:
 
     `# 128 tok  prefill 41.2  decode 7.9 tok/s  read 312.0 MiB/tok  2.41 GB/s (86 % of device)
     stall 18 %  guessed 61 of 80  peak 498.0 MiB  seed 7  #5c1e09af` (on one line). What was not
-    read, guessed or measured is left out.
+    read, guessed or measured is left out. Of a model with experts also those found in memory, and
+    those read ahead of their layer: `experts 74 %  ahead 60 + 310 late, 70 wasted`.
     """
     parts = [
         f"# {stats.generated_tokens} tok",
@@ -55,6 +56,12 @@ def stats_line(stats: RunStats) -> str:
             speed,
             f"stall {100 * stats.stall_share:.0f} %",
         ]
+    if stats.read_bytes and stats.experts:
+        found = stats.experts
+        parts.append(f"experts {100 * found.hits / max(found.hits + found.misses, 1):.0f} %")
+        ahead = found.ahead_useful, found.ahead_late, found.ahead_wasted
+        if any(ahead):
+            parts.append("ahead {} + {} late, {} wasted".format(*ahead))
     if stats.drafted_tokens:
         parts.append(f"guessed {stats.accepted_tokens} of {stats.drafted_tokens}")
     parts += [

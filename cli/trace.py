@@ -59,6 +59,7 @@ def trace(
         if engine.experts is None:
             raise InputError(f"{engine.path.name} has no experts, so nothing is routed")
         engine.experts.set_policy(policy)
+        engine.experts.set_prefetch(False)  # simulate knows policies alone
         engine.experts.record(passes.append)
         engine.generate(prompt, **{"max_tokens": 128, **sampling})
         engine.experts.record(None)

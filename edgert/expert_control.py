@@ -1,4 +1,4 @@
-"""The routed experts of an open engine: what was chosen, hits, which policy evicts, what is learnt.
+"""The routed experts of an open engine: choices, hits, policy, reading ahead, what is learnt.
 
 Owns: looking at what a pass left behind, and loading before the first one the experts that the
 model's profile names. Must not know how experts are read or computed.
@@ -27,6 +27,7 @@ from edgert.forward import Forward
 from edgert.kernels_cpu import rows
 from edgert.models.spec import ModelSpec
 from edgert.plan import Plan
+from edgert.results import ExpertStats
 from edgert.storage.expert_policy import POLICIES, hottest, policy_for
 from edgert.storage.expert_streamer import DONE, WANTED, ExpertStreamer
 from edgert.storage.manifest import Manifest
@@ -51,7 +52,8 @@ class ExpertControl:
         manifest: Manifest,
     ) -> None:
         self._spec = spec
-        self._weights = weights
+        assert weights.experts is not None
+        self._streamer = weights.experts
         self._forward = forward
         self._streams = streams
         self.buffers = buffers  # of the run state, for those who look into a pass (expert_look.py)
@@ -75,9 +77,7 @@ class ExpertControl:
         self._forward.on_pass = self._passed
         if self.profile is not None:
             self.set_policy("auto")
-            streamer = self._weights.experts
-            assert streamer is not None
-            preload(streamer, hottest(self.profile.uses, streamer.n_slots))
+            preload(self._streamer, hottest(self.profile.uses, self._streamer.n_slots))
 
     def close(self) -> None:
         """Keep what was learnt, beside what others have learnt meanwhile. No pass is under way."""
@@ -99,6 +99,19 @@ class ExpertControl:
         hits, misses = self._streams[[rows.S_HITS, rows.S_MISSES]].tolist()
         return hits, misses
 
+    def stats(self) -> ExpertStats:
+        """The same, and what was read ahead, since the engine was opened."""
+        ahead = self._streamer.prefetcher.counts
+        return ExpertStats(*self.counts, ahead.useful, ahead.late, ahead.wasted)
+
+    def set_prefetch(self, allowed: bool) -> None:
+        """Read experts ahead of their layers, where that pays, or never. No bit of output changes.
+
+        From the next pass on; the environment variable EDGERT_PREFETCH=off begins with never.
+        """
+        with self._forward.lock:
+            self._streamer.prefetcher.allowed = allowed
+
     def set_policy(self, name: str) -> None:
         """Evict by a policy of `edgert simulate`; "auto" is the one chosen at opening.
 
@@ -107,12 +120,11 @@ class ExpertControl:
         if name not in ("auto", *POLICIES):
             names = ", ".join(("auto", *POLICIES))
             raise InputError(f"there is no expert policy {name!r}; choose from {names}")
-        spec, streamer = self._spec, self._weights.experts
-        assert streamer is not None
+        spec = self._spec
         shape = (spec.num_hidden_layers, spec.num_experts)
         with self._forward.lock:
             uses = None if self.profile is None else self.profile.uses.astype(np.float64)
-            streamer.set_policy(policy_for(name, shape, spec.num_experts_per_tok, uses))
+            self._streamer.set_policy(policy_for(name, shape, spec.num_experts_per_tok, uses))
 
     def record(self, sink: Callable[[npt.NDArray[np.int16]], object] | None) -> None:
         """Give `sink` what every pass chose from now on; None ends that.

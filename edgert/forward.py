@@ -376,6 +376,8 @@ class Forward:
         frame[rows.F_PASS] = self._pass
         frame[rows.F_FIRST_LOGIT] = n - wanted
         frame[rows.F_N_LOGITS] = wanted
+        experts = self._weights.experts
+        frame[rows.F_HINTS] = n <= rows.HINT_TOKENS and experts is not None and experts.hinting
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):

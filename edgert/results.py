@@ -6,7 +6,7 @@ Owns: these records and the hash of logits. Must not know how they come about.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "DraftStats",
+    "ExpertStats",
     "FinishReason",
     "MemoryReport",
     "RunStats",
@@ -45,6 +46,21 @@ class DraftStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """What became of the experts that layers asked for, and of those read ahead of that."""
+
+    hits: int  # in their slots when asked for, those read ahead in time too
+    misses: int
+    ahead_useful: int  # of the hits, read ahead
+    ahead_late: int  # of the misses, being read ahead when asked for
+    ahead_wasted: int  # read ahead, whole or in part, and not asked for
+
+    def since(self, before: ExpertStats) -> ExpertStats:
+        """What came after `before`."""
+        return ExpertStats(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """The figures of one generation. Rates are 0 where nothing was done."""
 
@@ -66,6 +82,7 @@ class RunStats:
     disk_busy_share: float  # of decode time with a read of streamed weights under way
     device_bytes_per_s: float  # of `Engine.measure_device` beside this run; 0: not measured
     predicted_tok_s: float  # of decoding, from the device profile; 0 when unknown
+    experts: ExpertStats | None  # while decoding; None: a dense model
     stall_share: float  # of decode time that compute waited for weights
     resident_bytes: int  # weights in memory
     peak_bytes: int  # of the whole process

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.machine import peak_bytes
-from edgert.results import DraftStats, RunStats, logits_hash
+from edgert.results import DraftStats, ExpertStats, RunStats, logits_hash
 from edgert.speculation import Speculator
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class _Mark(NamedTuple):
     busy_seconds: float
     stall_seconds: float
     passes: int
+    experts: ExpertStats | None
 
 
 class RunMeter:
@@ -52,9 +53,10 @@ class RunMeter:
 
     def _mark(self) -> _Mark:
         weights, passes = self._engine.weights, self._engine.forward.stats
+        experts = self._engine.experts
         return _Mark(
             time.perf_counter(), weights.total_read_bytes, weights.busy_ns / 1e9,
-            passes.stall_seconds, passes.passes,
+            passes.stall_seconds, passes.passes, None if experts is None else experts.stats(),
         )  # fmt: skip
 
     @contextmanager
@@ -126,6 +128,7 @@ class RunMeter:
             disk_busy_share=(now.busy_seconds - begun.busy_seconds) * share,
             device_bytes_per_s=self._engine.device_bytes_per_s,
             predicted_tok_s=self._engine.predicted_tok_s,
+            experts=now.experts and begun.experts and now.experts.since(begun.experts),
             stall_share=(now.stall_seconds - begun.stall_seconds) * share,
             resident_bytes=plan.resident_bytes,
             peak_bytes=peak_bytes(),

@@ -339,6 +339,7 @@ class Weights:
             streams[rows.S_LAST_USED] = e.last_used.ctypes.data
             streams[rows.S_REQUEST_FD] = e.request_fd
             streams[rows.S_EXPERT_FAILED] = e.failed.ctypes.data
+            streams[rows.S_HINTS] = e.prefetcher.board.ctypes.data
             streams[rows.S_GROUPS] = work["groups"]
             streams[rows.S_PAIR_TOKEN] = work["pair_token"]
             streams[rows.S_PAIR_ID] = work["pair_id"]

@@ -1,7 +1,8 @@
 """The routed experts of a layer, walked by the thread team: sort, resolve, compute in waves.
 
 Owns: grouping (token, choice) pairs by expert, finding resident experts without leaving compiled
-code, asking for the missing ones, and computing whatever has arrived while the rest is on its way.
+code, asking for the missing ones, and computing whatever has arrived while the rest is on its way;
+also the hint which experts a later layer may want.
 Must not know how a record is read or which one is evicted (storage/expert_streamer.py).
 
     gate, up = W_gate[e] h[t], W_up[e] h[t]    act = silu(gate) * up    out[t, j] = W_down[e] act
@@ -29,7 +30,7 @@ from edgert.kernels_cpu.jit import inline
 from edgert.kernels_cpu.recording import record
 from edgert.kernels_cpu.waiting import NAP_US, barrier, chunk_of, relax, stopped
 
-__all__ = ["group_pairs", "run_experts"]
+__all__ = ["group_pairs", "post_hint", "run_experts"]
 
 
 @inline
@@ -87,6 +88,41 @@ def group_pairs(op: int, frame: int, streams: int) -> None:
         notify(arg(streams, rows.S_REQUEST_FD), layer)
     store_int(streams + 8 * rows.S_HITS, arg(streams, rows.S_HITS) + groups - misses)
     store_int(streams + 8 * rows.S_MISSES, arg(streams, rows.S_MISSES) + misses)
+
+
+@inline
+def post_hint(op: int, frame: int, streams: int) -> None:
+    """Route as a later layer would, and tell the reader threads which experts it may want.
+
+    One thread. First choices of all tokens come first, then second choices and so on. A hint is
+    never waited for, and nothing computed depends on it.
+    """
+    tokens = arg(frame, rows.F_N_TOKENS)
+    call_op(arg(op, rows.FN), op, frame, 0, tokens, 0)
+    layer = arg(op, rows.H_LAYER)
+    ids = arg(op, rows.H_IDS)
+    k = arg(op, rows.H_TOP_K)
+    table = arg(streams, rows.S_SLOT_ADDRESS) + 8 * layer * arg(op, rows.H_N_EXPERTS)
+    board = arg(streams, rows.S_HINTS)
+    expert_at = board + 8 * rows.HINT_EXPERTS
+    store_release(board + 8 * rows.HINT_COUNT, 0)
+    count = 0
+    missing = 0
+    for j in range(k):
+        for t in range(tokens):
+            expert = arg(ids, t * k + j)
+            same = 0
+            for i in range(count):
+                same += arg(expert_at, i) == expert
+            if same == 0 and count < rows.HINT_MAX:
+                store_int(expert_at + 8 * count, expert)
+                count += 1
+                missing += arg(table, expert) == 0
+    store_int(board + 8 * rows.HINT_LAYER, layer)
+    store_int(board + 8 * rows.HINT_DUE, arg(streams, rows.S_CLOCK) + 1)
+    store_release(board + 8 * rows.HINT_COUNT, count)
+    if missing > 0:
+        notify(arg(streams, rows.S_REQUEST_FD), layer)
 
 
 @inline

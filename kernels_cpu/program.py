@@ -6,7 +6,8 @@ what follows what is models/graph.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -162,6 +163,24 @@ class ProgramBuilder:
         row = self._row(rows.GROUP, None, self.section + "group_pairs")
         row[rows.G_LAYER], row[rows.G_IDS] = layer, expert_ids
         row[rows.G_TOP_K], row[rows.G_N_EXPERTS] = top_k, n_experts
+
+    def hint(
+        self, kernel: Kernel, arguments: Sequence[int], layer: int, expert_ids: int, top_k: int,
+        n_experts: int,
+    ) -> None:  # fmt: skip
+        """Route by `kernel` and post what it chose as a hint for `layer`."""
+        row = self._row(rows.HINT, kernel, self.section + "hint")
+        row[8 : 8 + len(arguments)] = arguments
+        row[rows.H_LAYER], row[rows.H_IDS] = layer, expert_ids
+        row[rows.H_TOP_K], row[rows.H_N_EXPERTS] = top_k, n_experts
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Rows added within serve a hint: passes without hints leave them out."""
+        first = len(self._rows)
+        yield
+        for row in self._rows[first:]:
+            row[rows.FLAGS] |= rows.AHEAD
 
     def experts(
         self,

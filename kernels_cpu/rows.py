@@ -8,7 +8,10 @@ A program is an int64 array [n_ops, OP_FIELDS]. Fields 0-7 are the team's, the r
 
 from __future__ import annotations
 
-__all__ = ["CELL", "CONTROL_CELLS", "FRAME_FIELDS", "OP_FIELDS", "ORDER_FIELDS", "STREAM_FIELDS"]
+__all__ = [
+    "CELL", "CONTROL_CELLS", "FRAME_FIELDS", "HINT_TOKENS", "OP_FIELDS", "ORDER_FIELDS",
+    "STREAM_FIELDS",
+]  # fmt: skip
 
 CELL = 64  # bytes between two counters: one cache line each
 OP_FIELDS = 64
@@ -17,16 +20,20 @@ OP_FIELDS = 64
 FN, KIND, UNITS, CHUNK, FLAGS, TILE, WEIGHT, COUNTER = range(8)
 
 # Kinds of rows.
-CALL, MATMUL, GROUP, EXPERTS = range(4)
+CALL, MATMUL, GROUP, EXPERTS, HINT = range(5)
 
-# Flags: units are per token; a barrier follows; the rows are those whose logits are asked for.
-PER_TOKEN, BARRIER, LOGITS = 1, 2, 4
+# Flags: units are per token; a barrier follows; the rows are those whose logits are asked for; the
+# row serves a hint, and is left out of passes without hints.
+PER_TOKEN, BARRIER, LOGITS, AHEAD = 1, 2, 4, 8
 
 # Arguments of a MATMUL row (see matmul.py).
 M_X, M_X_STRIDE, M_Y, M_Y_STRIDE, M_K, M_XI, M_YI, M_MODE, M_BIAS = range(8, 17)
 
 # Arguments of a GROUP row: the layer and where its routing is read.
 G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
+
+# Arguments of a HINT row, behind those of its kernel: the layer that may want what is routed.
+H_LAYER, H_IDS, H_TOP_K, H_N_EXPERTS = range(32, 36)
 
 # Arguments of an EXPERTS row: kernels, where up and down begin in a record, rows in and out.
 (
@@ -37,7 +44,7 @@ G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
 ) = range(8, 32)  # fmt: skip
 
 # Fields of the frame: one call of the team. The first two are known to the op kernels (abi.py).
-F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS = range(5)
+F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS, F_HINTS = range(6)
 FRAME_FIELDS = 16
 
 # Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights, groups
@@ -51,14 +58,14 @@ CONTROL_CELLS = 9
 O_FRAME, O_ROWS, O_N_ROWS, O_COUNTERS, O_STREAMS = range(5)
 ORDER_FIELDS = 8
 
-# Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer; last the
-# ring of records of a timeline, 0 when there is none (recording.py).
+# Stream descriptor: addresses and pipes of the dense stream, then of the expert streamer; then the
+# ring of records of a timeline, 0 when there is none (recording.py), and the board of hints.
 (
     S_READY, S_ADDRESS, S_SLOT_OF, S_FREE_FD, S_FAILED,
     S_BOARD, S_SLOT_ADDRESS, S_LAST_USED, S_REQUEST_FD, S_EXPERT_FAILED,
     S_GROUPS, S_PAIR_TOKEN, S_PAIR_ID, S_WAVE, S_WAVE_PAIRS, S_HITS, S_MISSES, S_CLOCK,
-    S_TIMELINE,
-) = range(19)  # fmt: skip
+    S_TIMELINE, S_HINTS,
+) = range(20)  # fmt: skip
 STREAM_FIELDS = 32
 
 # The ring of a timeline: a header of one cache line (records begun so far, number of records less
@@ -73,3 +80,9 @@ T_THREAD_BITS = 16
 # every group as three arrays of n_experts.
 BOARD_LAYER, BOARD_GROUPS, BOARD_ARRAYS = range(3)
 WANTED, READY, DONE = 0, 1, 2
+
+# The board of hints: the stamp that the layer will write when it comes, the layer, number of
+# experts, then experts. Passes of more tokens use most experts anyway: they have no hints.
+HINT_DUE, HINT_LAYER, HINT_COUNT, HINT_EXPERTS = range(4)
+HINT_TOKENS = 8
+HINT_MAX = 64

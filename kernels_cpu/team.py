@@ -25,7 +25,7 @@ from edgert.kernels_cpu.atomic import (
     store_int,
     store_release,
 )
-from edgert.kernels_cpu.experts import group_pairs, run_experts
+from edgert.kernels_cpu.experts import group_pairs, post_hint, run_experts
 from edgert.kernels_cpu.jit import inline, kernel, void
 from edgert.kernels_cpu.recording import record
 from edgert.kernels_cpu.waiting import await_order, await_value, barrier, chunk_of, stopped
@@ -105,6 +105,8 @@ def walk(
         op = ops + 8 * rows.OP_FIELDS * i
         if stopped(control, streams):
             return
+        if arg(op, rows.FLAGS) & rows.AHEAD and arg(frame, rows.F_HINTS) == 0:
+            continue
         if timeline != 0:
             begin = ready = now_ns()
         kind = arg(op, rows.KIND)
@@ -119,6 +121,9 @@ def walk(
         elif kind == rows.GROUP:
             if tid == 0:
                 group_pairs(op, frame, streams)
+        elif kind == rows.HINT:
+            if tid == 0:
+                post_hint(op, frame, streams)
         else:
             if not run_experts(op, frame, counters, tid, threads, control, streams, i):
                 return

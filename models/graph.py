@@ -80,6 +80,7 @@ class Graph:
 def build_program(graph: Graph, weights: WeightSource) -> tuple[Program, npt.NDArray[np.int64]]:
     """The program of one pass, and op rows it refers to, which must live as long."""
     wiring = _Wiring(graph, weights)
+    wiring.hint(0)
     for layer in range(graph.spec.num_hidden_layers):
         wiring.builder.section = f"blk.{layer}."
         wiring.attention_block(layer)
@@ -112,13 +113,13 @@ class _Wiring:
         """The form of buffer `name` that a matrix of this format reads."""
         return self.rows(f"{name}_q8" if takes_quantized_input(fmt) else name)
 
-    def normed(self, weight: str, *readers: QuantFormat) -> None:
+    def normed(self, weight: str, *readers: QuantFormat, into: str = "normed") -> None:
         """normed = rmsnorm(x), in the forms its readers need."""
         y, q = Rows(0, 0), Rows(0, 0)
         if any(not takes_quantized_input(f) for f in readers):
-            y = self.rows("normed")
+            y = self.rows(into)
         if any(takes_quantized_input(f) for f in readers):
-            q = self.rows("normed_q8")
+            q = self.rows(f"{into}_q8")
         x = self.rows("x")
         arguments = rmsnorm_op(
             x=x.address, x_stride=x.stride, weight=self.weights.vector(weight),
@@ -236,8 +237,9 @@ class _Wiring:
         )  # fmt: skip
         builder.call(moe_route_kernel, arguments, 1)
         builder.barrier()
+        # No barrier: who groups the pairs also collects the first wave.
         builder.group(layer, ids.address, spec.num_experts_per_tok, spec.num_experts)
-        builder.barrier()
+        self.hint(layer + 1)
         self.experts(layer, record)
         builder.barrier()
         x, out = self.rows("x"), self.rows("expert_out")
@@ -248,6 +250,34 @@ class _Wiring:
         )  # fmt: skip
         builder.call(moe_combine_kernel, arguments, units_per_row(spec.hidden_size))
         builder.barrier()
+
+    def hint(self, layer: int) -> None:
+        """Tell which experts `layer` may want: its router, applied to x as it is now.
+
+        After another layer's own requests, so that these never wait for it. Not for a router that
+        is streamed: its tiles are used once a pass.
+        """
+        spec, at = self.spec, f"blk.{layer}."
+        if not spec.is_moe or layer == spec.num_hidden_layers:
+            return
+        router = self.weights.matrix(f"{at}ffn_gate_inp.weight")
+        if any(segment.stream_index >= 0 for segment in router.segments):
+            return
+        scores, ids, chosen = (self.rows(f"hint_{n}") for n in ("router", "ids", "weights"))
+        arguments = moe_route_op(
+            logits=scores.address, logits_stride=scores.stride, n_experts=spec.num_experts,
+            top_k=spec.num_experts_per_tok, norm_topk=False, scale=1.0, ids=ids.address,
+            ids_stride=ids.stride, weights=chosen.address, weights_stride=chosen.stride,
+        )  # fmt: skip
+        with self.builder.ahead():
+            self.normed(f"{at}ffn_norm.weight", router.format, into="hint")
+            x = self.input_of("hint", router.format)
+            self.builder.matmul(router, x, scores, self.index)
+            self.builder.barrier()
+            self.builder.hint(
+                moe_route_kernel, arguments, layer, ids.address, spec.num_experts_per_tok,
+                spec.num_experts,
+            )  # fmt: skip
 
     def experts(self, layer: int, record: Experts) -> None:
         """expert_out[pair] = W_down (silu(W_gate h) * W_up h) for every routed pair."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgert.kernels_cpu.activations import activation_bytes
+from edgert.kernels_cpu.rows import HINT_TOKENS
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorRole
 from edgert.quant.formats import QuantFormat
@@ -114,6 +115,16 @@ def run_state_buffers(
             Buffer("wave", 1, 16 + 8 * experts),
             Buffer("wave_pairs", 1, 8 * pairs),
         ]
+        hinted = min(tokens, HINT_TOKENS)
+        buffers += [
+            Buffer("hint_router", hinted, float_stride(experts)),
+            Buffer("hint_ids", hinted, 8 * spec.num_experts_per_tok),
+            Buffer("hint_weights", hinted, 4 * spec.num_experts_per_tok),
+        ]
+        if TensorRole.ROUTER in inputs.as_float:
+            buffers.append(Buffer("hint", hinted, float_stride(hidden)))
+        if TensorRole.ROUTER in inputs.as_quantized:
+            buffers.append(Buffer("hint_q8", hinted, activation_bytes(hidden)))
         # One for each layer: what was chosen can be read when the pass is over.
         chosen = 8 * spec.num_experts_per_tok
         buffers += [

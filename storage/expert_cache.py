@@ -48,14 +48,18 @@ def admit(
     owner: npt.NDArray[np.int64],
     stamps: npt.NDArray[np.int64],
     busy: npt.NDArray[np.bool_],
+    soon: Sequence[int] = (),
 ) -> AdmissionPlan:
     """Slots for the missing experts `wanted`, by a policy, which learns of the uses and misses.
 
     Shapes: owner (n_slots,), -1 free; stamps (n_keys,), those of the current layer the largest;
-    busy (n_slots,). The engine and the simulator both come here.
+    busy (n_slots,). Experts that the next layer may want, `soon`, leave last, as do those of the
+    current one. The engine and the simulator both come here.
     """
     policy.observe(stamps)
     rank = np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
+    if soon:
+        rank[np.isin(owner, soon)] = _CURRENT
     plan = plan_admission(wanted, owner, rank, busy)
     policy.missed(len(plan.admitted))
     return plan
@@ -105,6 +109,7 @@ def plan_admission_ref(
 ) -> AdmissionPlan:
     """`plan_admission`, one expert after the other."""
     taken = {s for s in range(len(owner)) if busy[s]}
+    places = [(o >= 0, r if o >= 0 else 0.0) for o, r in zip(owner, rank, strict=True)]
     admitted: list[Admission] = []
     waiting: list[int] = []
     for expert in wanted:
@@ -112,8 +117,7 @@ def plan_admission_ref(
         for slot in range(len(owner)):
             if slot in taken:
                 continue
-            place = (owner[slot] >= 0, rank[slot])
-            if best < 0 or place < (owner[best] >= 0, rank[best]):
+            if best < 0 or places[slot] < places[best]:
                 best = slot
         if best < 0:
             waiting.append(expert)

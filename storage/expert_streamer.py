@@ -15,6 +15,10 @@ A WANTED group becomes READY once its address is written. The consumer marks it 
 and writes to `request_fd` again when others are still WANTED: its slot may be the one they need.
 An expert is read part by part, by threads that only read, and placed by others that only place; it
 is published with its last part. Slots are chosen beside the first reads, not before them.
+A second board, of hints, says what a later layer may want (expert_prefetch.py). Such experts are
+read ahead while nothing that is wanted waits for a reader, into slots that are free or whose expert
+would leave next. Once their layer asks, those wanted go on as its own, and what is still queued of
+the others is dropped: a request never waits for more than the parts under way.
 The consumer stamps `last_used[layer, expert]` with a clock that ticks once a layer; a policy reads
 these stamps and says which expert leaves first (expert_policy.py).
 """
@@ -22,16 +26,16 @@ these stamps and says which expert leaves first (expert_policy.py).
 from __future__ import annotations
 
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.storage.backend import Backend
-from edgert.storage.expert_cache import admit
-from edgert.storage.expert_policy import ExpertPolicy, Lru
+from edgert.storage.expert_prefetch import Prefetcher
+from edgert.storage.expert_queue import Job, Load, LoadQueue
+from edgert.storage.expert_slots import ExpertSlots, PolicyFor
 from edgert.storage.manifest import Extent
 from edgert.storage.reader import Bytes, ReaderTeam
 from edgert.storage.window import Window
@@ -46,16 +50,6 @@ _WAKE = bytes(8)
 
 PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read, each at once
 PlaceExpert = Callable[[int, int, int, Bytes, Bytes], None]  # layer, expert, part, raw, slot
-PolicyFor = Callable[[int], ExpertPolicy]  # number of slots -> a policy without a past
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One part of an expert on its way into a slot."""
-
-    key: int
-    part: int
-    extent: Extent
 
 
 class ExpertStreamer:
@@ -85,38 +79,35 @@ class ExpertStreamer:
         self.state = self.board[2 + n_experts : 2 + 2 * n_experts]
         self.group_address = self.board[2 + 2 * n_experts :]
         self.state[:] = DONE
-        self.slot_address: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # 0: not resident
-        self.last_used: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
+        self.slots = ExpertSlots(shape, window, policy_for)
+        self.slot_address, self.last_used = self.slots.addresses, self.slots.last_used
         self.loads = 0
         self._parts = parts
         self._place = place
-        self._window = window
         self._team = ReaderTeam(backend, staging, "edgert-expert")
-        self._owner = np.full(window.n_slots, -1, np.int64)  # layer * n_experts + expert
-        self._slot_of = np.full(n_layers * n_experts, -1, np.int64)  # the inverse of `_owner`
-        self._address = self.slot_address.reshape(-1)  # the same memory, by key
-        self._in_flight: dict[int, int] = {}  # key of an expert being read -> its slot, -1 none yet
-        self._without_slot: list[int] = []  # those with none, all of one layer
-        self._parts_left: dict[int, int] = {}  # the same key -> parts that are not in the slot
-        self._jobs: deque[_Job] = deque()  # parts that no thread has taken
+        self._queue = LoadQueue()
+        self._without_slot: list[Load] = []  # those wanted that have none, all of one layer
+        self.prefetcher = Prefetcher(shape)
         self._asleep = 0  # reading threads in the pipe
         self._request_read, self.request_fd = os.pipe()
         self._closed = False
-        self.set_policy(policy_for or (lambda _slots: Lru(self.shape)))
 
     def set_policy(self, policy_for: PolicyFor) -> None:
         """Evict by another policy from now on. It begins with the last use of each expert."""
         with self._team.lock:
-            self._policy_for = policy_for
-            self.policy = policy_for(self._window.n_slots)
-            stamps = self.last_used.reshape(-1)
-            self.policy.observe(stamps)
-            self.policy.missed(int(np.count_nonzero(stamps)))  # each was loaded once at least
+            self.slots.set_policy(policy_for)
 
     def note_pass(self) -> None:
         """After a pass: let the policy see its uses before others hide them."""
         with self._team.lock:
-            self.policy.observe(self.last_used.reshape(-1))
+            self.slots.policy.observe(self.slots.stamps)
+            self._settle(int(self.slots.stamps.max()))
+            self.prefetcher.pass_ended()
+
+    @property
+    def hinting(self) -> bool:
+        """Whether compiled code is to post hints in the next pass."""
+        return self.prefetcher.on and self.slots.window.n_slots < self.shape[0] * self.shape[1]
 
     @property
     def failed(self) -> npt.NDArray[np.int64]:
@@ -126,7 +117,7 @@ class ExpertStreamer:
     @property
     def n_slots(self) -> int:
         """Experts that can be resident at a time."""
-        return self._window.n_slots
+        return self.slots.window.n_slots
 
     @property
     def read_bytes(self) -> int:
@@ -146,7 +137,7 @@ class ExpertStreamer:
     def start(self) -> None:
         """Begin answering requests."""
         assert not self._closed and not self._team.running
-        self._team.start_pipeline(self._take, self._fill)
+        self._team.start_pipeline(self._take, self._fill, excuse=self._go_on_without)
 
     def raise_if_failed(self) -> None:
         """Raise the error a thread met (`StorageError` with file and offset for a failed read)."""
@@ -160,14 +151,11 @@ class ExpertStreamer:
         assert not self._closed
         self.halt()
         self._team.clear()
-        self._in_flight.clear()
+        self._queue.clear()
         self._without_slot.clear()
-        self._jobs.clear()
+        self.prefetcher.reset()
         self._asleep = 0
-        # An expert whose read did not end has lost its old tenant already: its slot is free.
-        lost = (self._slot_of >= 0) & (self._address == 0)
-        self._owner[self._slot_of[lost]] = -1
-        self._slot_of[lost] = -1
+        self.slots.move_out_unread()
         self.board[1] = 0
         self.state[:] = DONE
         self.start()
@@ -187,15 +175,7 @@ class ExpertStreamer:
         Experts in slots that are gone are forgotten. Called between `halt` and `reset`.
         """
         assert not self._team.running
-        gone = self._owner[window.n_slots :]
-        gone = gone[gone >= 0]
-        self._slot_of[gone] = -1
-        self._address[gone] = 0
-        kept = self._owner[: window.n_slots]
-        self._owner = np.full(window.n_slots, -1, np.int64)
-        self._owner[: len(kept)] = kept
-        self._window = window
-        self.set_policy(self._policy_for)
+        self.slots.resize(window)
 
     def halt(self) -> None:
         """Stop and join the threads; a read under way is finished first. `reset` begins again."""
@@ -206,17 +186,19 @@ class ExpertStreamer:
 
     # ---- the threads that read --------------------------------------------------------------
 
-    def _take(self) -> tuple[Sequence[Extent], _Job] | None:
-        """What to read next. Sleep in the pipe when there is nothing: who wakes looks at the board.
+    def _take(self) -> tuple[Sequence[Extent], Job] | None:
+        """What to read next. Sleep in the pipe if there is nothing: who wakes looks at the boards.
 
         The one that finds something wakes others and begins to read.
         """
-        found = False
+        reader, found = threading.get_ident(), False
         while True:
             with self._team.lock:
-                job = self._jobs.popleft() if self._jobs else None
+                if self._queue.only_ahead:  # what is wanted by now comes first
+                    found = self._look()
+                job = self._queue.take(reader)
                 self._asleep += job is None
-                others = min(len(self._jobs), self._asleep) if found else 0
+                others = min(self._queue.takers, self._asleep) if found else 0
             if self._team.stopping:
                 return None
             if job is not None:
@@ -226,7 +208,18 @@ class ExpertStreamer:
             os.read(self._request_read, 8)
             with self._team.lock:
                 self._asleep -= 1
-                found = self._look()
+                ahead = self._look_ahead()  # first: it may free slots
+                found = self._look() or ahead
+
+    def _go_on_without(self, job: Job, _error: BaseException) -> bool:
+        """A read failed: True if nobody wants it yet. Whoever does will meet the error."""
+        with self._team.lock:
+            if not job.load.due:
+                return False
+            self.prefetcher.rest()
+            self._give_back(job)
+            self._look()  # its slot may be the one the board waits for
+            return True
 
     # ---- the board, with the lock held -------------------------------------------------------
 
@@ -255,43 +248,31 @@ class ExpertStreamer:
         here = {g: e for g, e in groups.items() if self.slot_address[layer, e]}
         if here:
             self._grant(layer, here)
-        first = layer * self.shape[1]
+        first, end = layer * self.shape[1], (layer + 1) * self.shape[1]
         keys = dict.fromkeys(first + e for g, e in groups.items() if g not in here)
-        wanted = [key for key in keys if key not in self._in_flight]
-        if not wanted:
-            return False
-        room = self._window.n_slots - len(self._in_flight) - int(self.board[1])
-        if room < len(wanted):  # so few that they have to be counted
-            taken = np.count_nonzero(self._busy()) + len(self._without_slot)
-            room = self._window.n_slots - int(taken)
-        for key in wanted[:room]:
-            extents = self._parts(layer, key - first)
-            self._parts_left[key] = len(extents)
-            self._jobs += (_Job(key, i, e) for i, e in enumerate(extents))
-            self._in_flight[key] = -1
-            self._without_slot.append(key)
-        return room > 0
+        loads = self._queue.loads
+        for key in keys:
+            if key in loads and loads[key].due and loads[key].slot >= 0:
+                self._claim(loads[key])
+        wrong = {key for key in self._queue.queued_ahead() if first <= key < end} - keys.keys()
+        self._give_up(self._queue.drop(wrong))
+        wanted = [key for key in keys if key not in loads or loads[key].due]
+        for key in wanted[: self._room(len(wanted)) if wanted else 0]:
+            load = loads.get(key)
+            if load is not None:
+                self._claim(load)
+            else:
+                load = self._queue.order(key, self._parts(layer, key - first))
+            self._without_slot.append(load)
+        return self._queue.takers > 0
 
-    def _assign(self) -> None:
-        """Give slots to the experts that were ordered without one.
-
-        It is done beside the first reads, not before: a choice among 512 slots takes 0.2 ms, and
-        0.4 beside two threads that compute.
-        """
-        wanted = self._without_slot
-        if not wanted:
-            return
-        stamps = self.last_used.reshape(-1)
-        plan = admit(self.policy, wanted, self._owner, stamps, self._busy())
-        assert not plan.waiting, plan  # `_look` counted, and since then slots became free at most
-        for item in plan.admitted:
-            if item.evicted >= 0:
-                self._address[item.evicted] = 0
-                self._slot_of[item.evicted] = -1
-            self._owner[item.slot] = item.expert
-            self._slot_of[item.expert] = item.slot
-            self._in_flight[item.expert] = item.slot
-        wanted.clear()
+    def _room(self, wanted: int) -> int:
+        """Slots there will be for what is wanted, exactly where they are fewer than `wanted`."""
+        n_slots = self.slots.window.n_slots
+        room = n_slots - len(self._queue.loads) - int(self.board[1])
+        if room < wanted:  # so few that they have to be counted
+            room = n_slots - int(np.count_nonzero(self._busy())) - len(self._without_slot)
+        return max(room, 0)
 
     def _busy(self) -> npt.NDArray[np.bool_]:
         """Slots that may not be taken: being filled, or on the board and not DONE.
@@ -299,33 +280,101 @@ class ExpertStreamer:
         The states are read again, after a WANTED one was seen: the consumer notes its hits before
         it wants anything, so none can be missed.
         """
-        busy = np.zeros(self._window.n_slots, np.bool_)
-        busy[[slot for slot in self._in_flight.values() if slot >= 0]] = True
+        busy = np.zeros(self.slots.window.n_slots, np.bool_)
+        busy[[load.slot for load in self._queue.loads.values() if load.slot >= 0]] = True
         n_groups = int(self.board[1])
         on_board = self.expert[:n_groups][self.state[:n_groups] != DONE]
-        slots = self._slot_of[int(self.board[0]) * self.shape[1] + on_board]
-        busy[slots[slots >= 0]] = True
+        busy[self.slots.held(int(self.board[0]) * self.shape[1] + on_board)] = True
         return busy
+
+    # ---- the board of hints, with the lock held ----------------------------------------------
+
+    def _look_ahead(self) -> bool:
+        """Order what a new hint names, in place of what is queued of the last: True for any."""
+        hint = self.prefetcher.look()
+        if hint is None:
+            return False
+        self._settle(hint.due - 1)
+        self._give_up(self._queue.drop(self._queue.queued_ahead() - set(hint.keys)))
+        # Few, so that what is wanted meanwhile finds slots.
+        room = self.slots.window.n_slots // 4 - self._queue.due_loads()
+        loads, address = self._queue.loads, self.slots.address
+        keys = [key for key in hint.keys if not address[key] and key not in loads]
+        for key in keys[: max(room, 0)]:
+            self._queue.order(key, self._parts(*divmod(key, self.shape[1])), hint.due)
+        return self._queue.takers > 0
+
+    def _settle(self, now: int) -> None:
+        """Judge what was read ahead for layers up to the stamp `now`: the useful were misses."""
+        self.slots.policy.missed(self.prefetcher.settle(self.slots.stamps, now))
+
+    def _claim(self, load: Load) -> None:
+        """An expert that is read ahead is wanted."""
+        self.prefetcher.late()
+        self._queue.claim(load)
+
+    def _give_back(self, job: Job) -> None:
+        """A part that nobody asked for will not be placed."""
+        self._give_up([job.load] if self._queue.give_back(job) else [])
+
+    def _give_up(self, loads: Sequence[Load]) -> None:
+        """These will not be read to their ends."""
+        for load in loads:
+            if load.slot >= 0:
+                self.slots.move_out(load.key)
+                self.prefetcher.dropped()
 
     # ---- the threads that place -------------------------------------------------------------
 
-    def _fill(self, job: _Job, raw: list[Bytes]) -> None:
+    def _fill(self, job: Job, raw: list[Bytes]) -> None:
         """Place what was read, and publish the expert with the last of its parts."""
+        load = job.load
         with self._team.lock:
-            self._assign()
-            slot = self._in_flight[job.key]
-        layer, expert = divmod(job.key, self.shape[1])
-        self._place(layer, expert, job.part, raw[0], self._window.view(slot))
+            self._assign(load)
+            if load.slot < 0:
+                self._give_back(job)
+                return
+        view = self.slots.window.view(load.slot)
+        self._place(*divmod(load.key, self.shape[1]), job.part, raw[0], view)
         with self._team.lock:
-            self._parts_left[job.key] -= 1
-            if self._parts_left[job.key] == 0:
-                self._publish(layer, expert, slot)
+            if self._queue.placed(job):
+                self._give_up([load])
+            elif load.left == 0:
+                self._publish(load)
+            starved = load.due > 0 and load.key not in self._queue.loads and self._look()
+            others = min(self._queue.takers, self._asleep) if starved else 0
+        if others:
+            os.write(self.request_fd, _WAKE * others)
 
-    def _publish(self, layer: int, expert: int, slot: int) -> None:
+    def _assign(self, load: Load) -> None:
+        """Slots for what was ordered without one, then for `load`. With the lock held.
+
+        It is done beside the first reads, not before: a choice among 512 slots takes 0.2 ms, and
+        0.4 beside two threads that compute.
+        """
+        if self._without_slot:
+            wanted = [other.key for other in self._without_slot]
+            found = self.slots.move_in(wanted, self._busy(), self._soon())
+            assert len(found) == len(wanted)  # `_look` counted; since then some became free at most
+            for item in found:
+                self._queue.loads[item.expert].slot = item.slot
+            self._without_slot.clear()
+        if load.slot < 0:
+            for item in self.slots.move_in_ahead(load.key, self._busy(), self._soon()):
+                load.slot = item.slot
+
+    def _soon(self) -> tuple[int, ...]:
+        """What the next layer may want, if a hint is about it."""
+        hint = self.prefetcher.hint
+        return hint.keys if hint.due > int(self.slots.stamps.max()) else ()
+
+    def _publish(self, load: Load) -> None:
         """Make an expert visible, and grant it to the groups that want it. With the lock held."""
-        self.slot_address[layer, expert] = self._window.address(slot)
-        del self._in_flight[layer * self.shape[1] + expert]
+        self.slots.publish(load.key)
         self.loads += 1
+        if load.due:
+            self.prefetcher.loaded(load.key, load.due)
         now, groups = self._wanted()
+        layer, expert = divmod(load.key, self.shape[1])
         if now == layer:
             self._grant(layer, {g: e for g, e in groups.items() if e == expert})

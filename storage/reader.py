@@ -107,12 +107,14 @@ class ReaderTeam:
         take: Callable[[], tuple[Sequence[Extent], _Job] | None],
         place: Callable[[_Job, list[Bytes]], None],
         room: Callable[[_Job], Bytes | None] = lambda job: None,
+        excuse: Callable[[_Job, BaseException], bool] = lambda _job, _error: False,
     ) -> None:
         """Threads that read what `take` names next, and threads that `place` what was read.
 
         `take` gives what to read and what to hand to `place`, or None at the end; it may block,
         and is called by several threads. What has `room` of its own is read right there, and
-        the thread that read it calls `place`.
+        the thread that read it calls `place`. `excuse` says of a read that failed whether the
+        threads go on without it.
         """
         n_placing = max(1, self.n_readers // 3)
         n_reading = max(1, self.n_readers - n_placing)
@@ -133,8 +135,10 @@ class ReaderTeam:
                         raw = self.read(buffer, taken[0], into)
                         if into is not None:
                             place(taken[1], raw)
-                    except BaseException:
+                    except BaseException as error:
                         free.put(buffer)
+                        if excuse(taken[1], error):
+                            continue
                         raise
                     if into is None:
                         full.put((buffer, raw, taken[1]))

@@ -139,10 +139,12 @@ class Experts:
         for layer, expert in self.resident():
             self.check(layer, expert, s.slot_address[layer, expert])
         owned = {
-            int(key): self.window.address(slot) for slot, key in enumerate(s._owner) if key >= 0
+            int(key): self.window.address(slot)
+            for slot, key in enumerate(s.slots.owner)
+            if key >= 0
         }
         assert owned == {k: int(a) for k, a in enumerate(s.slot_address.flat) if a}
-        assert owned == {k: self.window.address(s) for k, s in enumerate(s._slot_of) if s >= 0}
+        assert owned == {k: self.window.address(s) for k, s in enumerate(s.slots.slot_of) if s >= 0}
 
     def resident(self) -> set[tuple[int, int]]:
         return {(int(a), int(b)) for a, b in np.argwhere(self.streamer.slot_address)}
@@ -248,8 +250,8 @@ def test_one_failing_read_among_many_in_flight(n):
         s.raise_if_failed()
     s.reset()
     moe.check_all()
-    assert not s._in_flight and not s._jobs and not s._without_slot
-    assert int((s._owner >= 0).sum()) == len(moe.resident())
+    assert not s._queue.loads and not s._queue.takers and not s._without_slot
+    assert int((s.slots.owner >= 0).sum()) == len(moe.resident())
     assert all(moe.compute(layer, list(range(8))) for layer in (0, 1, 0))
     moe.check_all()
     s.close()
@@ -316,11 +318,11 @@ def test_a_slot_being_filled_is_not_taken_for_another_expert():
         s.board[0], s.board[1], s.expert[0] = layer, 1, expert
         s.state[0] = WANTED
         os.write(s.request_fd, bytes(8))
-        assert wait_for(lambda: s._in_flight, s.failed)
+        assert wait_for(lambda: s._queue.loads, s.failed)
         time.sleep(0.01)
-    assert list(s._in_flight) == [5]
+    assert list(s._queue.loads) == [5]
     gate.set()
-    assert wait_for(lambda: not s._in_flight, s.failed)
+    assert wait_for(lambda: not s._queue.loads, s.failed)
     moe.check_all()
     assert moe.resident() == {(0, 5)} and s.state[0] == WANTED
     os.write(s.request_fd, bytes(8))

@@ -23,6 +23,7 @@ from tests.tight import tight
 def recorded(engine: edgert.Engine, model: Path, tokens: int = 20) -> Routing:
     passes: list[np.ndarray] = []
     assert engine.experts is not None
+    engine.experts.set_prefetch(False)
     engine.experts.record(passes.append)
     engine.generate(prompt(model), max_tokens=tokens, temperature=0)
     engine.experts.record(None)

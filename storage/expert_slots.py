@@ -1,0 +1,101 @@
+"""Which expert is in which slot.
+
+Owns: the two indexes between slots and experts, the addresses compiled code looks up, the stamps it
+writes, and moving an expert in where a policy lets another leave. Must not know what is on its way,
+nor who asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert.storage.expert_cache import Admission, admit
+from edgert.storage.expert_policy import ExpertPolicy, Lru
+from edgert.storage.window import Window
+
+__all__ = ["ExpertSlots", "PolicyFor"]
+
+PolicyFor = Callable[[int], ExpertPolicy]  # number of slots -> a policy without a past
+_Bits = npt.NDArray[np.bool_]
+
+
+class ExpertSlots:
+    """The slots of `window` for experts of `shape` (n_layers, n_experts). Not thread-safe.
+
+    A *key* is layer * n_experts + expert. An expert that has moved in has a slot; it has an address
+    too once `publish` says that all of it is there.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], window: Window, policy_for: PolicyFor | None
+    ) -> None:
+        self.addresses: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # 0: not resident
+        self.last_used: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
+        self.address = self.addresses.reshape(-1)  # the same memory, by key
+        self.stamps = self.last_used.reshape(-1)
+        self.window = window
+        self.owner = np.full(window.n_slots, -1, np.int64)  # keys
+        self.slot_of = np.full(len(self.stamps), -1, np.int64)  # the inverse of `owner`
+        self.set_policy(policy_for or (lambda _slots: Lru(shape)))
+
+    def set_policy(self, policy_for: PolicyFor) -> None:
+        """Evict by another policy from now on. It begins with the last use of each expert."""
+        self._policy_for = policy_for
+        self.policy = policy_for(self.window.n_slots)
+        self.policy.observe(self.stamps)
+        self.policy.missed(int(np.count_nonzero(self.stamps)))  # each was loaded once at least
+
+    def resize(self, window: Window) -> None:
+        """More or fewer slots at the same addresses. Forgets experts in slots that are gone."""
+        gone = self.owner[window.n_slots :]
+        gone = gone[gone >= 0]
+        self.slot_of[gone] = -1
+        self.address[gone] = 0
+        kept = self.owner[: window.n_slots]
+        self.owner = np.full(window.n_slots, -1, np.int64)
+        self.owner[: len(kept)] = kept
+        self.window = window
+        self.set_policy(self._policy_for)
+
+    def held(self, keys: Iterable[int]) -> npt.NDArray[np.int64]:
+        """The slots of those that have one."""
+        slots = self.slot_of[np.fromiter(keys, np.int64)]
+        found: npt.NDArray[np.int64] = slots[slots >= 0]
+        return found
+
+    def move_in(
+        self, keys: Sequence[int], busy: _Bits, soon: Sequence[int] = ()
+    ) -> tuple[Admission, ...]:
+        """Give slots to experts, but none that is `busy` (n_slots,); as many as there are."""
+        plan = admit(self.policy, keys, self.owner, self.stamps, busy, soon)
+        for item in plan.admitted:
+            if item.evicted >= 0:
+                self.address[item.evicted] = 0
+                self.slot_of[item.evicted] = -1
+            self.owner[item.slot] = item.expert
+            self.slot_of[item.expert] = item.slot
+        return plan.admitted
+
+    def move_in_ahead(self, key: int, busy: _Bits, soon: Sequence[int]) -> tuple[Admission, ...]:
+        """A slot for an expert nobody asked for: none of the layer's, nor of those named `soon`."""
+        busy = busy | ((self.owner >= 0) & (self.stamps[self.owner] == self.stamps.max()))
+        busy[self.held(soon)] = True
+        return self.move_in([key], busy)
+
+    def publish(self, key: int) -> None:
+        """All of an expert is in its slot."""
+        self.address[key] = self.window.address(int(self.slot_of[key]))
+
+    def move_out(self, key: int) -> None:
+        """Free the slot of an expert that will not be read to its end."""
+        self.owner[self.slot_of[key]] = -1
+        self.slot_of[key] = -1
+
+    def move_out_unread(self) -> None:
+        """The same for all whose read did not end: the tenants before them are lost already."""
+        lost = (self.slot_of >= 0) & (self.address == 0)
+        self.owner[self.slot_of[lost]] = -1
+        self.slot_of[lost] = -1
