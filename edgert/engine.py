@@ -167,11 +167,9 @@ class Engine:
         if rate:
             note_drift(profile, self._files, rate)
         known = self.experts.profile if self.experts else None
-        return predict(
-            self.plan, self.spec, self._manifest, profile, rate,
-            self.experts.misses(self.plan) if self.experts else None,
-            chances=known.chances if known else None,
-        )  # fmt: skip
+        misses = self.experts.misses(self.plan) if self.experts else None
+        chances = known.chances if known else None
+        return predict(self.plan, self.spec, self._manifest, profile, rate, misses, chances)
 
     # ---- facts ---------------------------------------------------------------------------------
 

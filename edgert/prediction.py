@@ -117,8 +117,8 @@ def predict(
     profile: DeviceProfile,
     device_bytes_per_s: float = 0.0,
     misses: Misses | None = None,
-    *,
     chances: npt.NDArray[np.float64] | None = None,
+    *,
     prompt_tokens: int = PROMPT_TOKENS,
     position: int | None = None,
 ) -> Prediction | None:
