@@ -274,7 +274,8 @@ def test_nothing_is_read_twice_for_a_layer():
     moe = Experts(n_slots=6, threads=6, plan=FaultPlan(delay_s=0.0005))
     s = moe.streamer
     extents = []
-    s._team.read, read = lambda b, parts: (extents.extend(parts), read(b, parts))[1], s._team.read
+    read = s._team.read
+    s._team.read = lambda b, parts, into=None: (extents.extend(parts), read(b, parts, into))[1]
     s.start()
     rng = random.Random(3)
     for _ in range(30):
