@@ -96,7 +96,8 @@ def test_logits_and_tokens_are_those_of_the_source(tmp_path: Path, fmt: str, spl
         assert found.tokens == want.tokens
         assert found.stats.logits_hash == want.stats.logits_hash
         own = next(d for d in found.stats.drafts if d.drafter == NAME)
-        assert own.accepted_tokens > 30 / 288 * own.drafted_tokens > 0
+        chances = 3 if manifest.base_bits[0] == 2 else 30  # times a guess of 288 tokens
+        assert own.accepted_tokens > chances / 288 * own.drafted_tokens > 0
 
 
 @by_case
