@@ -39,11 +39,10 @@ ENVIRONMENT = "EDGERT_EXPERT_PROFILE"  # a file, or "off"
 KEPT_FILES = 16
 SAMPLE_STEPS = 3072  # tokens x layers of routing kept as it was: replayed for predictions
 MOST_TOKENS = 8192.0  # older uses fade, so that a profile follows what a model is used for
-MOST_PAIRS = 1 << 19  # transitions beyond that are not kept: 2 MiB
 _MOST_BYTES = 32 << 20
 _PENDING = 512  # tokens that wait to be counted
 _EVEN_TOKENS = 16.0  # what is counted in fewer says little of what is used seldom
-_VERSION = 1
+_VERSION = 2
 
 _F32 = npt.NDArray[np.float32]
 _Choices = npt.NDArray[np.int16]  # [tokens, layers, k]
@@ -67,7 +66,6 @@ class ExpertProfile:
     identity: Identity
     tokens: float  # behind the counts, faded ones by their share
     uses: _F32 = field(repr=False)  # [layers, experts]
-    follows: _F32 | None = field(repr=False)  # [layers, experts, experts]; see `likely`
     sample: _Choices = field(repr=False)  # [tokens, layers, k], the latest
 
     @property
@@ -79,17 +77,6 @@ class ExpertProfile:
         even = _EVEN_TOKENS * self.identity.k / experts
         uses = self.uses.astype(np.float64) + even
         found: npt.NDArray[np.float64] = np.minimum(uses / (self.tokens + _EVEN_TOKENS), 1.0)
-        return found
-
-    def likely(self, layer: int, chosen: npt.NDArray[np.int64]) -> _F32:
-        """How often each expert of `layer` was used beside `chosen` of the layer before, (experts,)
-
-        The layer before layer 0 is the last one of the token before. Uses where no pairs are kept.
-        """
-        if self.follows is None:
-            uses: _F32 = self.uses[layer]
-            return uses
-        found: _F32 = self.follows[layer, chosen].sum(axis=0, dtype=np.float32)
         return found
 
 
@@ -132,13 +119,9 @@ class ExpertLearner:
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
         self.tokens = 0  # counted
-        shape = identity.layers, identity.experts
-        pairs = identity.layers * identity.experts**2
-        self._uses = np.zeros(shape, np.float32)
-        self._follows = np.zeros((*shape, shape[1]), np.float32) if pairs <= MOST_PAIRS else None
+        self._uses = np.zeros((identity.layers, identity.experts), np.float32)
         self._pending: list[_Choices] = []
         self._waiting = 0
-        self._last: _Choices | None = None  # of the token before
         self._sample = np.zeros((0, identity.layers, identity.k), np.int16)
 
     @property
@@ -161,40 +144,21 @@ class ExpertLearner:
         layers, experts = self._uses.shape
         for layer in range(layers):
             self._uses[layer] += np.bincount(choices[:, layer].reshape(-1), minlength=experts)
-            if self._follows is not None:
-                before, now = self._before(choices, layer)
-                pairs = before[:, :, None] * experts + now[:, None, :]
-                counts = np.bincount(pairs.reshape(-1), minlength=experts**2)
-                self._follows[layer] += counts.reshape(experts, experts)
-        self._last = choices[-1:]
         self.tokens += len(choices)
         kept = max(1, SAMPLE_STEPS // layers)
         self._sample = np.concatenate([self._sample, choices])[-kept:]
 
-    def _before(
-        self, choices: _Choices, layer: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Choices one layer earlier beside those of `layer`, each (tokens, k)."""
-        now = choices[:, layer].astype(np.int64)
-        if layer:
-            return choices[:, layer - 1].astype(np.int64), now
-        if self._last is None:
-            return choices[:-1, -1].astype(np.int64), now[1:]
-        return np.concatenate([self._last, choices[:-1]])[:, -1].astype(np.int64), now
-
     def profile(self, known: ExpertProfile | None) -> ExpertProfile:
         """What is known now. `known` was learnt before, of the same model."""
         self._count()
-        uses, follows, tokens, sample = self._uses, self._follows, float(self.tokens), self._sample
+        uses, tokens, sample = self._uses, float(self.tokens), self._sample
         if known is not None:
             fade = min(1.0, max(MOST_TOKENS - tokens, 0.0) / max(known.tokens, 1.0))
             uses = uses + np.float32(fade) * known.uses
-            if follows is not None and known.follows is not None:
-                follows = follows + np.float32(fade) * known.follows
             tokens += fade * known.tokens
             kept = max(1, SAMPLE_STEPS // self.identity.layers)
             sample = np.concatenate([known.sample, sample])[-kept:]
-        return ExpertProfile(self.identity, tokens, uses, follows, sample)
+        return ExpertProfile(self.identity, tokens, uses, sample)
 
 
 # ----------------------------------------------------------------------------- its file
@@ -262,17 +226,12 @@ def _checked(arrays: dict[str, npt.NDArray[Any]]) -> ExpertProfile:
     version, k = (int(arrays[name]) for name in ("version", "k"))
     fingerprint, model = (str(arrays[name]) for name in ("fingerprint", "model"))
     uses, sample, tokens = arrays["uses"], arrays["sample"], float(arrays["tokens"])
-    follows = arrays.get("follows")
     if version != _VERSION:
         raise ValueError(f"version {version}")
     if uses.ndim != 2 or not uses.size or uses.dtype != np.float32:
         raise ValueError("uses are not [layers, experts]")
     layers, experts = uses.shape
-    if follows is not None and (
-        follows.shape != (layers, experts, experts) or follows.dtype != np.float32
-    ):
-        raise ValueError("follows are not [layers, experts, experts]")
-    counts = [uses.reshape(-1), np.array([tokens])] + ([] if follows is None else [follows])
+    counts = [uses.reshape(-1), np.array([tokens])]
     if not all(np.isfinite(c).all() and (c >= 0).all() for c in counts):
         raise ValueError("a count is negative or no number")
     if sample.ndim != 3 or sample.shape[1:] != (layers, k) or sample.dtype != np.int16:
@@ -282,7 +241,7 @@ def _checked(arrays: dict[str, npt.NDArray[Any]]) -> ExpertProfile:
     if len(sample) > SAMPLE_STEPS or not 1 <= k <= experts:
         raise ValueError("the sample is too long, or k is no number of experts")
     identity = Identity(fingerprint[:64], model[:100], layers, experts, k)
-    return ExpertProfile(identity, tokens, uses, follows, sample)
+    return ExpertProfile(identity, tokens, uses, sample)
 
 
 def save_expert_profile(profile: ExpertProfile) -> bool:
@@ -291,10 +250,9 @@ def save_expert_profile(profile: ExpertProfile) -> bool:
     if path is None:
         return False
     stream = io.BytesIO()
-    more: dict[str, Any] = {} if profile.follows is None else {"follows": profile.follows}
     np.savez_compressed(
         stream, version=_VERSION, fingerprint=identity.fingerprint, model=identity.model,
-        k=identity.k, tokens=profile.tokens, uses=profile.uses, sample=profile.sample, **more,
+        k=identity.k, tokens=profile.tokens, uses=profile.uses, sample=profile.sample,
     )  # fmt: skip
     if not keep_file(path, stream.getbuffer()):
         return False

@@ -350,7 +350,7 @@ class Forward:
             # Meant for the request before and came too late, or a change comes first: begin again.
             return False
         if self._weights.experts is not None:
-            self._weights.experts.note_pass()
+            self._weights.experts.note_pass(n, time.perf_counter() - begin)
         if self.on_pass is not None:
             self.on_pass(n)
         self._pass += 1

@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher"]
+__all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher", "Trial"]
 
 ENVIRONMENT = "EDGERT_PREFETCH"  # "off": no expert is read ahead
 HINT_MAX = 64
@@ -27,6 +28,11 @@ _DUE, _LAYER, _COUNT, _EXPERTS = range(4)
 # disk as much as one that was saves.
 _JUDGED = 64
 _REST = 64  # passes without hints after that, twice as many each time
+# Right guesses can still cost more than they save, where reading and computing share cores: passes
+# of one token take turns with and without hints, `_TURNS` of `_TURN` each; their medians decide.
+_TURN, _TURNS = 4, 8
+_HOLDS = 1024  # passes until they are compared again
+_WORTH = 0.99  # of the time without hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,33 @@ class PrefetchCounts:
     wasted: int = 0
 
 
+class Trial:
+    """Whether passes are faster with hints."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._verdict = True
+        self._holds = 0  # passes for which the verdict does
+
+    @property
+    def on(self) -> bool:
+        """Whether the next pass is to have hints."""
+        if self._holds:
+            return self._verdict
+        return sum(map(len, self._seconds.values())) // _TURN % 2 == 0
+
+    def add(self, seconds: float) -> None:
+        """A pass of one token took so long."""
+        if self._holds:
+            self._holds -= 1
+            return
+        self._seconds[self.on].append(seconds)
+        if sum(map(len, self._seconds.values())) == 2 * _TURN * _TURNS:
+            self._verdict = median(self._seconds[True]) <= _WORTH * median(self._seconds[False])
+            self._seconds = {True: [], False: []}
+            self._holds = _HOLDS
+
+
 class Prefetcher:
     """Reads hints and judges them. Not thread-safe; the streamer calls it under its lock."""
 
@@ -57,13 +90,14 @@ class Prefetcher:
         self.hint = Hint(0, ())  # the newest that was read
         self._loaded: dict[int, int] = {}  # keys in a slot, not wanted yet -> when they are due
         self._verdicts: deque[bool] = deque(maxlen=_JUDGED)
+        self._trial = Trial()
         self._rest = 0  # passes without hints that are left
         self._rests = 0
 
     @property
     def on(self) -> bool:
         """Whether the next pass is to post hints."""
-        return self.allowed and self._rest == 0
+        return self.allowed and self._rest == 0 and self._trial.on
 
     def look(self) -> Hint | None:
         """The hint on the board if it is a new one."""
@@ -107,8 +141,10 @@ class Prefetcher:
         self.counts.wasted += len(over) - useful
         return useful
 
-    def pass_ended(self) -> None:
-        """Switch off for a while what was wrong too often; begin again after it."""
+    def pass_ended(self, tokens: int, seconds: float) -> None:
+        """Switch off for a while what was wrong too often, or slow; begin again after it."""
+        if self.allowed and not self._rest and tokens == 1:
+            self._trial.add(seconds)
         if self._rest:
             self._rest -= 1
         elif len(self._verdicts) == _JUDGED and 2 * sum(self._verdicts) < _JUDGED:

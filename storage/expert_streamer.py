@@ -97,12 +97,12 @@ class ExpertStreamer:
         with self._team.lock:
             self.slots.set_policy(policy_for)
 
-    def note_pass(self) -> None:
-        """After a pass: let the policy see its uses before others hide them."""
+    def note_pass(self, tokens: int, seconds: float) -> None:
+        """After a pass: let the policy see its uses before others hide them, and what it took."""
         with self._team.lock:
             self.slots.policy.observe(self.slots.stamps)
             self._settle(int(self.slots.stamps.max()))
-            self.prefetcher.pass_ended()
+            self.prefetcher.pass_ended(tokens, seconds)
 
     @property
     def hinting(self) -> bool:

@@ -55,24 +55,19 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_counts_are_those_of_a_loop_however_passes_are_cut() -> None:
     choices = choices_of(700)
-    uses, follows = np.zeros((3, 8)), np.zeros((3, 8, 8))
-    for t, token in enumerate(choices):
+    uses = np.zeros((3, 8))
+    for token in choices:
         for layer in range(3):
             for e in token[layer]:
                 uses[layer, e] += 1
-                before = token[layer - 1] if layer else choices[t - 1][-1] if t else []
-                for b in before:
-                    follows[layer, b, e] += 1
     for cut in (1, 7, 700):
         learner = ExpertLearner(MODEL)
         for at in range(0, 700, cut):
             learner.add(choices[at : at + cut])
         found = learner.profile(None)
         assert learner.seen == found.tokens == 700
-        assert np.array_equal(found.uses, uses) and np.array_equal(found.follows, follows)
+        assert np.array_equal(found.uses, uses)
         assert np.array_equal(found.sample, choices[-(SAMPLE_STEPS // 3) :])
-    chosen = np.array([1, 4])
-    assert np.array_equal(found.likely(2, chosen), follows[2, chosen].sum(axis=0))
 
 
 def test_old_uses_fade() -> None:
@@ -85,13 +80,6 @@ def test_old_uses_fade() -> None:
         assert profile.uses.sum() == pytest.approx(profile.tokens * 2 * 3, rel=1e-3)
 
 
-def test_a_large_model_keeps_no_pairs() -> None:
-    learner = ExpertLearner(Identity("0" * 20, "large", 60, 512, 8))
-    learner.add(np.tile(np.arange(8, dtype=np.int16), (5, 60, 1)))
-    found = learner.profile(None)
-    assert found.follows is None and np.array_equal(found.likely(1, np.arange(2)), found.uses[1])
-
-
 def test_a_profile_survives_its_file(kept: Path) -> None:
     learner = ExpertLearner(MODEL)
     learner.add(choices_of(100))
@@ -100,7 +88,7 @@ def test_a_profile_survives_its_file(kept: Path) -> None:
     assert save_expert_profile(profile)
     back = load_expert_profile(MODEL)
     assert back is not None and back.identity == MODEL and back.tokens == 100
-    for name in ("uses", "follows", "sample"):
+    for name in ("uses", "sample"):
         assert np.array_equal(getattr(back, name), getattr(profile, name))
     assert [p.suffix for p in kept.iterdir()] == [".npz"]
 
@@ -134,8 +122,8 @@ def test_another_model_is_refused_by_name(
 def _damaged(**changes: object) -> bytes:
     stream = io.BytesIO()
     values = {
-        "version": 1, "fingerprint": MODEL.fingerprint, "model": "m", "k": 2, "tokens": 5.0,
-        "uses": np.ones((3, 8), np.float32), "follows": np.ones((3, 8, 8), np.float32),
+        "version": 2, "fingerprint": MODEL.fingerprint, "model": "m", "k": 2, "tokens": 5.0,
+        "uses": np.ones((3, 8), np.float32),
         "sample": np.zeros((5, 3, 2), np.int16),
     }  # fmt: skip
     np.savez(stream, **{n: v for n, v in (values | changes).items() if v is not None})  # type: ignore[arg-type]
@@ -156,13 +144,12 @@ def _bomb() -> bytes:
         (b"GGUF" * 100, "can be read"),
         (_damaged()[:-40], "can be read"),
         (_bomb(), "unpacks to more than 32 MiB"),
-        (_damaged(version=2), "version 2"),
+        (_damaged(version=1), "version 1"),
         (_damaged(uses=None), "uses"),
         (_damaged(uses=np.ones((3, 8))), "uses are not"),
         (_damaged(uses=np.full((3, 8), np.nan, np.float32)), "negative or no number"),
         (_damaged(uses=np.full((3, 8), -1, np.float32)), "negative or no number"),
         (_damaged(tokens=np.inf), "negative or no number"),
-        (_damaged(follows=np.ones((3, 8), np.float32)), "follows are not"),
         (_damaged(sample=np.zeros((5, 3, 3), np.int16)), "sample is not"),
         (_damaged(sample=np.full((5, 3, 2), 8, np.int16)), "none of 8"),
         (_damaged(sample=np.zeros((5000, 3, 2), np.int16)), "too long"),
