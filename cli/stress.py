@@ -202,7 +202,7 @@ def stress(
     \b
     edgert stress                               a quick check, bundled model
     edgert stress A.gguf B.gguf --runs 200 ...  many runs (README.md has them)
-    edgert stress A.edgert --speculate -n 64    a nested pack that drafts for itself
+    edgert stress A.edgert --speculate -n 64    a nested pack drafting for itself
     edgert stress A.gguf --disk-rate 1000MB --baseline llamacpp
 
     The verdict is the first line of the output. Exit code 6: a run needed more than its budget;

@@ -22,6 +22,7 @@ from edgert.kernels_cpu.linking import CAN_LINK
 
 __all__ = ["Target", "can_be_left_out", "left_out", "target_key"]
 
+_NUMBA_WAS_HERE = "numba" in sys.modules  # the application uses it itself
 Target = tuple[str, str, str]  # triple, CPU name, features of the code that is compiled
 
 _PARTS = {  # name here -> module, and its attribute where it is not the module that is meant
@@ -62,10 +63,10 @@ class Absent(metaclass=_Kind):
 def can_be_left_out() -> bool:
     """True where a process runs without the compiler once there are kernels.
 
-    Linking must need no LLVM, Numba not be here already, and a child be able to compile what is
-    wanted later.
+    Linking must need no LLVM, Numba not have been here before, and a child be able to compile what
+    is wanted later.
     """
-    return CAN_LINK and can_start_python() and "numba" not in sys.modules
+    return CAN_LINK and can_start_python() and not _NUMBA_WAS_HERE
 
 
 def left_out() -> bool:

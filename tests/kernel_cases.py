@@ -58,19 +58,19 @@ def product_of_parts(
     split: tuple[int, ...], raw: npt.NDArray[np.uint8], x: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
     """Rows of Q8_0 times x (6, K) by the kernel for parts of so many bits."""
-    from edgert.kernels_cpu import activations, matmul
-    from edgert.kernels_cpu.nested import Part, move_bits, part_bytes
+    from edgert.kernels_cpu import activations, matmul, nested
 
-    tiles, rows, K = tiles_of(FORMATS["Q8_0"], raw, x.shape[1]), len(raw), x.shape[1]
-    n_blocks, lows = tiles.nbytes // 544, [int(low) for low in 8 - np.cumsum(split)]
-    parts = [
-        Part(np.empty(part_bytes(bits, low, n_blocks), np.uint8), low, bits)
-        for bits, low in zip(split, lows, strict=True)
-    ]
-    move_bits(n_blocks, [Part(tiles, 0, 8)], parts)
+    fmt, rows, K = FORMATS["Q8_0"], len(raw), x.shape[1]
+    tiles = tiles_of(fmt, raw, K)
+    n_blocks, parts, low = tiles.nbytes // 544, [], 8
+    for bits in split:
+        low -= bits
+        room = np.empty(nested.part_bytes(fmt, bits, low + bits == 8, n_blocks), np.uint8)
+        parts.append(nested.part_of(fmt, bits, low, room))
+    nested.move_bits(n_blocks, [nested.tiles_of(fmt, tiles)], parts)
     w = np.array([part.data.ctypes.data for part in parts], np.int64)
     q, y, index = activations.quantize(x), np.zeros((len(x), rows), np.float32), np.arange(len(x))
-    matmul.matmul_kernel(FORMATS["Q8_0"], split)(
+    matmul.matmul_kernel(fmt, split)(
         w.ctypes.data, q.ctypes.data, q.strides[0], y.ctypes.data, y.strides[0], K, 0, rows // 16,
         len(x), index.ctypes.data, index.ctypes.data, 0, 0,
     )  # fmt: skip

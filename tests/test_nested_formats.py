@@ -185,6 +185,7 @@ def test_the_same_bytes_also_when_interrupted(
     for module in (pack_format, pack_writer, pack_verify):
         monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
+    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
     monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
     edgert.pack_model(mixed, tmp_path / "whole", nested="auto")
     out = tmp_path / "m.edgert"

@@ -287,7 +287,7 @@ def test_on_the_command_line(tiny_gguf: Path, guess: Any, monkeypatch: pytest.Mo
     """In this process, so that everything that is guessed is verified."""
     guess()
     monkeypatch.setenv("EDGERT_TEMP", "0")
-    tale = ("run", tiny_gguf, "-p", "a tale a tale a tale", "-n", 12, "-b", "1GiB")
+    tale = ("run", tiny_gguf, "-p", "a tale a tale a tale", "-n", 12, "-b", "8GiB")
     found = {}
     for options in ((), ("--speculate",), ("--draft-max", 2), ("--draft", 0), ("--no-speculate",)):
         run = json.loads(inside(*tale, "--json", *options).stdout)
