@@ -47,7 +47,8 @@ _POLICIES = "lru,lfu,lfu-decay,auto,belady"
     default=_POLICIES,
     show_default=True,
     metavar="LIST",
-    help="Also partition, pinned, robust. auto is the engine's choice.",
+    help="Also partition, pinned, robust. auto is the engine's choice. With +last or "
+    "+transitions: experts are read ahead by such guesses, all in time.",
 )
 @click.option("--per-layer", is_flag=True, help="A cache for each layer, of slots / layers.")
 @click.option(
@@ -174,13 +175,18 @@ def _text(trace: Routing, figures: list[Figure], names: list[str]) -> str:
     for at in range(0, len(figures), len(names)):
         row = figures[at : at + len(names)]
         below = " (below a token)" if row[0].below_working_set else ""
-        rates = [f"{100 * f.hit_rate:.1f}" for f in row]
-        chosen = [f.chosen for f in row if f.policy == "auto"]
+        rates = [
+            f"{100 * f.hit_rate:.1f}" + (f" ({f.wasted_per_token:.1f})" if "+" in f.policy else "")
+            for f in row
+        ]
+        chosen = [f.chosen for f in row if f.policy == "auto"][:1]
         rows.append([f"{row[0].slots}{below}", f"{100 * row[0].share:.0f}", *rates, *chosen])
     header = ["slots", "% of experts", *names, *(["auto is"] if "auto" in names else [])]
     return (
         f"{trace.tokens} tokens in {len(trace.requests)} requests, {trace.layers} layers, "
-        f"{trace.k} of {trace.experts} experts; hit rates in %\n\n{table(header, rows)}"
+        f"{trace.k} of {trace.experts} experts; hit rates in %"
+        + (" (experts a token read ahead for nothing)" if any("+" in n for n in names) else "")
+        + f"\n\n{table(header, rows)}"
     )
 
 

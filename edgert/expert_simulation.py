@@ -4,6 +4,7 @@ Owns: the cache in the simulation, and Belady's optimum. Must not know files or 
 evictions are those of the engine's own function, so the same trace gives the same hits.
 
 *Belady* evicts what is used again last; no policy that has to load what it computes does better.
+A policy may have a prefetcher, `auto+transitions`: what it names is taken to arrive in time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError
+from edgert.expert_guesses import GUESSERS, Guesser, make_guesser
 from edgert.routing import Choices, Routing
 from edgert.storage.expert_cache import admit
 from edgert.storage.expert_policy import (
@@ -47,6 +49,7 @@ class Figure:
     below_working_set: bool  # fewer slots than a token uses
     hit_rate: float
     misses_per_token: float
+    wasted_per_token: float  # experts read ahead that were not used
 
 
 def simulate(
@@ -74,8 +77,12 @@ def simulate(
         if per_layer and count % layers:
             raise InputError(f"{count} slots are no whole number for each of {layers} layers")
     for name in policies:
-        if name not in SIMULATED:
-            raise InputError(f"there is no policy {name!r}; choose from {', '.join(SIMULATED)}")
+        policy, _, guesser = name.partition("+")
+        if policy not in SIMULATED or (guesser and (guesser not in GUESSERS or policy == "belady")):
+            raise InputError(
+                f"there is no policy {name!r}; choose from {', '.join(SIMULATED)}, and add "
+                f"{' or '.join('+' + g for g in GUESSERS)} to another than belady to read ahead"
+            )
     if profile is not None and profile.shape != (layers, trace.experts):
         raise InputError(
             f"the profile is of {profile.shape[0]} layers of {profile.shape[1]} experts, the trace "
@@ -97,7 +104,8 @@ def _figure(
     """One policy with one number of slots."""
     parts = [[layer] for layer in range(trace.layers)] if per_layer else [[*range(trace.layers)]]
     shape, k, own = (len(parts[0]), trace.experts), trace.k, slots // len(parts)
-    rates, misses, chosen = [], 0, name
+    rates, misses, wasted, (name, _, ahead), full = [], 0, 0, name.partition("+"), name
+    chosen = name
     for choices, passes in zip(trace.requests, trace.passes, strict=True):
         hits = uses = 0
         for part in parts:
@@ -112,13 +120,15 @@ def _figure(
             else:
                 policy = make_policy(name, own, shape, k, known, setting)
             first = hottest(known, own) if loaded and known is not None else ()
-            hits += replay(steps, shape, own, policy, first)
+            guesser = make_guesser(ahead, *shape) if ahead else None
+            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k))
+            wasted += guesser.wasted if guesser else 0
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)
         misses += uses - hits
     return Figure(
-        name, chosen, slots, slots / (trace.layers * trace.experts), slots < trace.layers * k,
-        float(np.mean(rates)), misses / trace.tokens,
+        full, chosen, slots, slots / (trace.layers * trace.experts), slots < trace.layers * k,
+        float(np.mean(rates)), misses / trace.tokens, wasted / trace.tokens,
     )  # fmt: skip
 
 
@@ -148,12 +158,15 @@ def replay_steps(
     slots: int,
     policy: ExpertPolicy,
     loaded: Sequence[_Ints] = (),
+    guesser: Guesser | None = None,
+    k: int = 0,
 ) -> Iterator[int]:
     """Hits of a policy in each step; `steps`: keys of the layers in turn, pass after pass.
 
     As `ExpertStreamer` does it: what a layer misses is admitted at once as far as there are slots
     it does not use itself, the rest when those that have arrived are computed. The cache is empty
-    at first but for `loaded`: experts of each layer.
+    at first but for `loaded`: experts of each layer. Before each step `k` experts that `guesser`
+    names are read ahead, into a quarter of the slots at most, as the engine does.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)
@@ -161,7 +174,29 @@ def replay_steps(
     first = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
     owner[: len(first)] = first
     slot_of[first] = np.arange(len(first))
+
+    def put(wanted: Sequence[int], busy: npt.NDArray[np.bool_]) -> list[int]:
+        plan = admit(policy, wanted, owner, stamps, busy)
+        for item in plan.admitted:
+            if item.evicted >= 0:
+                slot_of[item.evicted] = -1
+            slot_of[item.expert] = item.slot
+            owner[item.slot] = item.expert
+        return list(plan.waiting)
+
     for clock, keys in enumerate(steps, 1):
+        if guesser is not None:
+            layer = (clock - 1) % shape[0]
+            named = guesser.guess(layer, k) + layer * shape[1]
+            busy = np.zeros(slots, np.bool_)
+            busy[slot_of[named][slot_of[named] >= 0]] = True
+            if clock > 1:  # the layer before is being computed
+                busy[slot_of[steps[clock - 2]][slot_of[steps[clock - 2]] >= 0]] = True
+            room = min(slots // 4, slots - int(np.count_nonzero(busy)))
+            ahead = named[slot_of[named] < 0][:room]
+            put(ahead.tolist(), busy)
+            guesser.wasted += len(np.setdiff1d(ahead, keys))
+            guesser.learn(layer, keys - layer * shape[1])
         stamps[keys] = clock
         resident = slot_of[keys]
         wanted = keys[resident < 0].tolist()
@@ -169,13 +204,7 @@ def replay_steps(
         busy = np.zeros(slots, np.bool_)
         busy[resident[resident >= 0]] = True
         while wanted:
-            plan = admit(policy, wanted, owner, stamps, busy)
-            for item in plan.admitted:
-                if item.evicted >= 0:
-                    slot_of[item.evicted] = -1
-                slot_of[item.expert] = item.slot
-                owner[item.slot] = item.expert
-            wanted = list(plan.waiting)
+            wanted = put(wanted, busy)
             busy[:] = False  # those before are computed
         if clock % shape[0] == 0:
             policy.observe(stamps)
