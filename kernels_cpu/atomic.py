@@ -21,6 +21,7 @@ __all__ = [
     "await_notice",
     "call_matmul",
     "call_op",
+    "full_fence",
     "load_acquire",
     "load_int",
     "notify",
@@ -131,6 +132,17 @@ def atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "acq_rel")
 
     return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def full_fence(typingctx):  # type: ignore[no-untyped-def]
+    """What was written before is seen by all before anything after it is read."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic

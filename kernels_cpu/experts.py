@@ -19,6 +19,7 @@ from edgert.kernels_cpu.atomic import (
     atomic_add,
     call_matmul,
     call_op,
+    full_fence,
     load_acquire,
     load_int,
     notify,
@@ -69,9 +70,12 @@ def group_pairs(op: int, frame: int, streams: int) -> None:
             store_int(group_at + 16 * groups, first)
             store_int(group_at + 16 * groups + 8, filled - first)
             store_int(expert_at + 8 * groups, e)
-            store_int(address_at + 8 * groups, arg(table, e))
             store_int(used + 8 * e, clock)
             groups += 1
+    # All are stamped before any is looked up: who evicts one meanwhile sees it, and takes it back.
+    full_fence()
+    for g in range(groups):
+        store_int(address_at + 8 * g, arg(table, arg(expert_at, g)))
     store_int(board + 8 * rows.BOARD_LAYER, layer)
     store_int(board + 8 * rows.BOARD_GROUPS, groups)
     # States come last: the loader acts on a wanted state only, and reads the rest after it.

@@ -79,11 +79,27 @@ class ExpertSlots:
             self.slot_of[item.expert] = item.slot
         return plan.admitted
 
-    def move_in_ahead(self, key: int, busy: _Bits, soon: Sequence[int]) -> tuple[Admission, ...]:
-        """A slot for an expert nobody asked for: none of the layer's, nor of those named `soon`."""
-        busy = busy | ((self.owner >= 0) & (self.stamps[self.owner] == self.stamps.max()))
+    def move_in_ahead(
+        self, key: int, busy: _Bits, soon: Sequence[int], fence: Callable[[], None]
+    ) -> tuple[Admission, ...]:
+        """A slot for an expert nobody asked for: none of the layer's, nor of those named `soon`.
+
+        Compiled code may note a hit at any time; it stamps an expert first and looks it up then.
+        So what was stamped while it was evicted is taken back (both sides with a full fence).
+        """
+        seen = self.stamps.copy()
+        busy = busy | ((self.owner >= 0) & (seen[self.owner] == seen.max()))
         busy[self.held(soon)] = True
-        return self.move_in([key], busy)
+        found = self.move_in([key], busy)
+        fence()
+        for item in found:
+            tenant = item.evicted
+            if tenant >= 0 and self.stamps[tenant] != seen[tenant]:
+                self.owner[item.slot], self.slot_of[tenant] = tenant, item.slot
+                self.slot_of[key] = -1
+                self.publish(tenant)
+                return ()
+        return found
 
     def publish(self, key: int) -> None:
         """All of an expert is in its slot."""

@@ -7,7 +7,8 @@ Must not know what an expert computes. Lookups of resident experts happen in com
 The board is int64[2 + 3 * n_experts]: layer, n_groups, then expert[], state[], address[]. One
 layer at a time, in this order, without which a hit could be evicted while it is being noted:
   1. all groups of the layer before are DONE;
-  2. write layer and expert[]; a group whose `slot_address` is not 0 is a hit: write its address,
+  2. stamp them (below), then a full fence: what is read ahead may evict at any time, and sees it;
+     write layer and expert[]; a group whose `slot_address` is not 0 is a hit: write its address,
      then state READY;
   3. write n_groups;
   4. only now write state WANTED for the misses, and 8 bytes to `request_fd`.
@@ -360,7 +361,8 @@ class ExpertStreamer:
                 self._queue.loads[item.expert].slot = item.slot
             self._without_slot.clear()
         if load.slot < 0:
-            for item in self.slots.move_in_ahead(load.key, self._busy(), self._soon()):
+            busy, soon = self._busy(), self._soon()
+            for item in self.slots.move_in_ahead(load.key, busy, soon, self._team.fence):
                 load.slot = item.slot
 
     def _soon(self) -> tuple[int, ...]:
@@ -370,6 +372,7 @@ class ExpertStreamer:
 
     def _publish(self, load: Load) -> None:
         """Make an expert visible, and grant it to the groups that want it. With the lock held."""
+        self._team.fence()  # its bytes first: compiled code may look it up at once
         self.slots.publish(load.key)
         self.loads += 1
         if load.due:

@@ -7,7 +7,9 @@ import pytest
 
 from edgert.storage.expert_prefetch import HINT_MAX, Hint, Prefetcher
 from edgert.storage.expert_queue import READ_AHEAD, LoadQueue
+from edgert.storage.expert_slots import ExpertSlots
 from edgert.storage.manifest import Extent
+from edgert.storage.window import Window
 
 # ---- the queue ----------------------------------------------------------------------------
 
@@ -140,3 +142,29 @@ def test_what_is_not_allowed_is_not_tried() -> None:
         prefetcher.pass_ended(1, 1.0)
     prefetcher.allowed = True
     assert prefetcher.on
+
+
+# ---- slots --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used_meanwhile", [False, True])
+def test_what_is_used_while_it_is_evicted_for_a_guess_is_taken_back(used_meanwhile: bool) -> None:
+    """Compiled code stamps an expert, then looks it up; a guess may be evicting it just then."""
+    slots = ExpertSlots((1, 8), Window(np.zeros(2 * 4096, np.uint8), 4096), None)
+    for item in slots.move_in([0, 1], np.zeros(2, np.bool_)):
+        slots.publish(item.expert)
+    slots.stamps[[0, 1]] = 1, 2
+    before = slots.address.copy()
+
+    def meanwhile() -> None:
+        assert slots.address[0] == 0 and slots.address[1], "the older one has to go"
+        if used_meanwhile:
+            slots.stamps[0] = 3
+
+    found = slots.move_in_ahead(5, np.zeros(2, np.bool_), (), meanwhile)
+    assert [item.expert for item in found] == ([] if used_meanwhile else [5])
+    if used_meanwhile:
+        assert np.array_equal(slots.address, before)
+        assert slots.slot_of[[0, 1, 5]].tolist()[2] == -1 and set(slots.owner.tolist()) == {0, 1}
+    else:
+        assert slots.slot_of[0] == -1 and slots.owner[slots.slot_of[5]] == 5

@@ -104,6 +104,9 @@ class Experts:
         s = self.streamer
         s.board[0] = layer
         s.expert[: len(experts)] = experts
+        self.clock += 1
+        s.last_used[layer, experts] = self.clock
+        s._team.fence()
         misses = []
         for g, e in enumerate(experts):
             address = s.slot_address[layer, e]
