@@ -107,7 +107,7 @@ class ExpertControl:
     def set_prefetch(self, allowed: bool) -> None:
         """Read experts ahead of their layers, where that pays, or never. No bit of output changes.
 
-        From the next pass on; the environment variable EDGERT_PREFETCH=off begins with never.
+        From the next pass on. An engine begins with never, unless EDGERT_PREFETCH is "on".
         """
         with self._forward.lock:
             self._streamer.prefetcher.allowed = allowed

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 __all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher", "Trial"]
 
-ENVIRONMENT = "EDGERT_PREFETCH"  # "off": no expert is read ahead
+ENVIRONMENT = "EDGERT_PREFETCH"  # "on": experts are read ahead where that is faster
 HINT_MAX = 64
 _DUE, _LAYER, _COUNT, _EXPERTS = range(4)
 # Of the last `_JUDGED` experts read ahead half must have been wanted: one that was not costs the
@@ -85,7 +85,7 @@ class Prefetcher:
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self.board: npt.NDArray[np.int64] = np.zeros(_EXPERTS + HINT_MAX, np.int64)
-        self.allowed = os.environ.get(ENVIRONMENT) != "off"  # by the user
+        self.allowed = os.environ.get(ENVIRONMENT) == "on"  # by the user
         self.counts = PrefetchCounts()
         self.hint = Hint(0, ())  # the newest that was read
         self._loaded: dict[int, int] = {}  # keys in a slot, not wanted yet -> when they are due

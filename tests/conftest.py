@@ -28,6 +28,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     for name in ("EDGERT_EXPERT_PROFILE", "EDGERT_ACCEPTANCE"):
         os.environ[name] = "off"  # no test leaves anything in the user's folders
+    os.environ["EDGERT_PREFETCH"] = "on"  # the harder case
     # A copy of the real stderr: during a test, pytest has put a file in its place.
     config.stash[_STDERR] = os.dup(2)
 

@@ -268,6 +268,7 @@ def test_no_bit_depends_on_what_is_read_ahead(
     assert found == [expected(tiny_moe_gguf)[1]] * 3
 
 
-def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGERT_PREFETCH", "off")
-    assert not Prefetcher((2, 4)).on
+@pytest.mark.parametrize(("value", "on"), [("", False), ("off", False), ("on", True)])
+def test_the_environment_turns_it_on(monkeypatch: pytest.MonkeyPatch, value: str, on: bool) -> None:
+    monkeypatch.setenv("EDGERT_PREFETCH", value)
+    assert Prefetcher((2, 4)).on == on
