@@ -11,12 +11,10 @@ a child 0.4 s to start). Where a budget is small, each child compiles one kernel
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import IO
 
+from edgert.kept_files import keep_file
 from edgert.kernels_cpu.cache import (
     cache_root,
     can_start_python,
@@ -176,10 +175,5 @@ def _end(children: Sequence[subprocess.Popen[str]]) -> None:
 
 def _keep_note(path: Path, note: str) -> None:
     """Note where the kernels are, and for what CPU."""
-    if not note or not Path(note.partition("\t")[0]).is_dir():
-        return
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(note)
-        os.replace(name, path)
+    if note and Path(note.partition("\t")[0]).is_dir():
+        keep_file(path, note.encode())
