@@ -16,14 +16,14 @@ from edgert.quant.quantize import quantize_ref
 from edgert.quant.reference import dequantize_ref
 from edgert.self_draft import NAME
 from edgert.speculation import PassCosts
-from edgert.storage import pack as pack_format
-from edgert.storage import pack_verify, pack_writer
 from edgert.units import KIB
 from tests.command import inside
 from tests.gguf_file import write_gguf
-from tests.test_pack import fail_after
+from tests.test_pack import fail_after, small_steps
 from tests.tight import fixed_process, floor_of, plan_of, tight
 from tests.tiny import build, prompt_of, tiny_model
+
+__all__ = ["small_steps"]  # a fixture of some tests here too
 
 SIZES: dict[str, Any] = {"context_length": 256, "prefill_tokens": 9}
 PROMPT = prompt_of("llama", 20)
@@ -179,14 +179,10 @@ def test_a_split_is_for_codes_of_its_bits(mixed: Path, tmp_path: Path) -> None:
     assert manifest.base_bits == (2, 3, 4)
 
 
+@pytest.mark.usefixtures("small_steps")
 def test_the_same_bytes_also_when_interrupted(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (pack_format, pack_writer, pack_verify):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
-    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
-    monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
     edgert.pack_model(mixed, tmp_path / "whole", nested="auto")
     out = tmp_path / "m.edgert"
     for writes in (60, 60):

@@ -28,10 +28,12 @@ from edgert.storage import pack_verify, pack_writer
 from edgert.storage.manifest import Extent, TensorEntry
 from tests.command import assert_error, environment, inside
 from tests.gguf_file import write_gguf
-from tests.test_pack import fail_after
+from tests.test_pack import fail_after, small_steps
 from tests.test_pack_refused import rewritten, sealed
 from tests.tight import fixed_process, tight
 from tests.tiny import build, prompt_of, tiny_model
+
+__all__ = ["small_steps"]  # a fixture of some tests here too
 
 Q8_0 = BY_NAME["Q8_0"]
 HEAD = "output.weight"
@@ -201,16 +203,12 @@ def test_bits_that_a_model_does_not_have(tmp_path: Path, packed: bytes) -> None:
 # ----------------------------------------------------------------------------- damage
 
 
+@pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 def test_an_interrupted_run_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     """With later parts kept, or made from the rows once more; stopped anywhere."""
-    for module in (pack_format, pack_writer, pack_verify):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(pack_writer, "_SYNC_BYTES", 4 * 4096)
-    monkeypatch.setattr(pack_writer, "_BUFFER_BYTES", 4096)
-    monkeypatch.setattr("edgert.pack_pieces._PIECE_BYTES", 10_000)
     source = tiny_model("llama", "Q8_0", path=tmp_path / "m.gguf")
     edgert.pack_model(source, tmp_path / "whole", nested="3+1+4")
     monkeypatch.setattr("edgert.pack_pieces._KEPT_BYTES", kept)
