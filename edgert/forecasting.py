@@ -123,7 +123,7 @@ def forecast(
         return found
 
     def drafting(plan: Plan, plain: Prediction) -> DraftForecast | None:
-        known = load_acceptance(opened.manifest.files, plan)[True]
+        known = load_acceptance(opened.manifest.files, plan)
         return forecast_drafting(plan, plain, known.mean if known.learnt else None)
 
     def point(nbytes: int) -> Point:
