@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgert.errors import InputError
 from edgert.expert_guesses import GUESSERS, Guesser, make_guesser
 from edgert.routing import Choices, Routing
-from edgert.storage.expert_cache import admit
+from edgert.storage.expert_cache import SlotSizes, admit, that_fit
 from edgert.storage.expert_policy import (
     POLICIES,
     USUAL,
@@ -160,23 +160,22 @@ def replay_steps(
     loaded: Sequence[_Ints] = (),
     guesser: Guesser | None = None,
     k: int = 0,
+    sizes: SlotSizes | None = None,
 ) -> Iterator[int]:
     """Hits of a policy in each step; `steps`: keys of the layers in turn, pass after pass.
 
     As `ExpertStreamer` does it: what a layer misses is admitted at once as far as there are slots
     it does not use itself, the rest when those that have arrived are computed. The cache is empty
     at first but for `loaded`: experts of each layer. Before each step `k` experts that `guesser`
-    names are read ahead, into a quarter of the slots at most, as the engine does.
+    names are read ahead, into a quarter of the slots at most, as the engine does. `sizes`: of
+    records and slots, where not every slot holds any record.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)
     owner = np.full(slots, -1, np.int64)
-    first = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
-    owner[: len(first)] = first
-    slot_of[first] = np.arange(len(first))
 
     def put(wanted: Sequence[int], busy: npt.NDArray[np.bool_]) -> list[int]:
-        plan = admit(policy, wanted, owner, stamps, busy)
+        plan = admit(policy, wanted, owner, stamps, busy, sizes=sizes)
         for item in plan.admitted:
             if item.evicted >= 0:
                 slot_of[item.evicted] = -1
@@ -184,6 +183,13 @@ def replay_steps(
             owner[item.slot] = item.expert
         return list(plan.waiting)
 
+    first = [part + layer * shape[1] for layer, part in enumerate(loaded)]
+    if sizes is None and first:
+        keys = np.concatenate(first)
+        owner[: len(keys)], slot_of[keys] = keys, np.arange(len(keys))
+    elif first:
+        for layer, part in enumerate(that_fit(loaded, sizes)):
+            put((part + layer * shape[1]).tolist(), np.zeros(slots, np.bool_))
     for clock, keys in enumerate(steps, 1):
         if guesser is not None:
             layer = (clock - 1) % shape[0]
