@@ -31,7 +31,8 @@ def forecast_misses(
 
     The sample of the profile is replayed through the engine's own policy, begun as an engine
     begins: the hottest experts loaded, a prompt in passes of `prefill_tokens`, then token after
-    token, with slots of several sizes if these are given. Misses of a long pass are those of the prompt's passes, of one token those after them.
+    token. Misses of a long pass are those of the prompt's passes, of one token those after them.
+    `slot_sizes` where experts have several.
     """
     if profile is None or len(profile.sample) < _LEAST_TOKENS:
         return None
@@ -49,7 +50,8 @@ def forecast_misses(
         sizes += [1] * (len(sample) - prompt)
         steps = list(steps_of(sample, np.array(sizes, np.int32), shape[1]))
         policy = choose_policy(slots, shape, k, uses)
-        hits = list(replay_steps(steps, shape, slots, policy, hottest(uses, slots), sizes=slot_sizes))
+        first = hottest(uses, slots)
+        hits = list(replay_steps(steps, shape, slots, policy, first, sizes=slot_sizes))
         counted = len(sample) - prompt if tokens == 1 else max(prompt // size, 1)
         # Of single tokens those at the end, of long passes the whole ones at the beginning.
         last = len(steps) if tokens == 1 else counted * shape[0]

@@ -66,7 +66,8 @@ def simulate(
     """Every policy with every number of slots; each request begins with an empty cache, or with
     the hottest experts of `profile` if `loaded`, as an engine does that knows its model.
 
-    `slots` count over all layers, at least k; with `per_layer` each layer has its own cache of
+    `slots` count over all layers, at least k, and have the sizes of an engine's where experts have
+    several (belady is then no bound, but a guess); with `per_layer` each layer has its own cache of
     `slots` / layers, as when layers were recorded apart. Raises `InputError`.
     """
     layers, k, every = trace.layers, trace.k, trace.layers * trace.experts
@@ -121,7 +122,8 @@ def _figure(
                 policy = make_policy(name, own, shape, k, known, setting)
             first = hottest(known, own) if loaded and known is not None else ()
             guesser = make_guesser(ahead, *shape) if ahead else None
-            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k))
+            sizes = None if per_layer else trace.slot_sizes(slots)
+            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k, sizes))
             wasted += guesser.wasted if guesser else 0
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)
@@ -183,11 +185,10 @@ def replay_steps(
             owner[item.slot] = item.expert
         return list(plan.waiting)
 
-    first = [part + layer * shape[1] for layer, part in enumerate(loaded)]
-    if sizes is None and first:
-        keys = np.concatenate(first)
-        owner[: len(keys)], slot_of[keys] = keys, np.arange(len(keys))
-    elif first:
+    if sizes is None:
+        held = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
+        owner[: len(held)], slot_of[held] = held, np.arange(len(held))
+    else:
         for layer, part in enumerate(that_fit(loaded, sizes)):
             put((part + layer * shape[1]).tolist(), np.zeros(slots, np.bool_))
     for clock, keys in enumerate(steps, 1):

@@ -58,8 +58,9 @@ class SlotSizes:
         cls, records: npt.NDArray[np.int64] | None, slots: npt.NDArray[np.int64]
     ) -> SlotSizes | None:
         """None where every slot holds any record."""
-        fits = records is None or not len(slots) or records.max() <= slots.min()
-        return None if fits else cls(records.reshape(-1), slots)
+        if records is None or not len(slots) or records.max() <= slots.min():
+            return None
+        return cls(records.reshape(-1), slots)
 
 
 def admit(
@@ -160,6 +161,8 @@ def that_fit(
     layers: Sequence[npt.NDArray[np.int64]], sizes: SlotSizes
 ) -> list[npt.NDArray[np.int64]]:
     """Of experts of each layer those that find a slot each while none leaves one."""
+    if not len(layers):
+        return []
     each, free = len(sizes.records) // len(layers), np.ones(len(sizes.slots), np.bool_)
     wanted = [layer * each + e for layer, part in enumerate(layers) for e in part.tolist()]
     keys = np.array(fitting(wanted, sizes, free), np.int64)

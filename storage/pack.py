@@ -107,9 +107,7 @@ def part_bytes(fmt: QuantFormat, bits: int, is_first: bool, rows: int, columns: 
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def encode_header(
-    file_bytes: int, index: bytes, data_offset: int, version: int = VERSION
-) -> bytes:
+def encode_header(file_bytes: int, index: bytes, data_offset: int, version: int = VERSION) -> bytes:
     """The 64 bytes of the header. `index`: all of it, checksums of the data included."""
     fields = (
         MAGIC, BYTE_ORDER, version, file_bytes, len(index), data_offset, CHUNK_BYTES,
