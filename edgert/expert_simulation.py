@@ -170,7 +170,7 @@ def replay_steps(
     it does not use itself, the rest when those that have arrived are computed. The cache is empty
     at first but for `loaded`: experts of each layer. Before each step `k` experts that `guesser`
     names are read ahead, into a quarter of the slots at most, as the engine does. `sizes`: of
-    records and slots, where not every slot holds any record.
+    records and slots, where there are several.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)

@@ -125,7 +125,7 @@ class Need:
         return int(self.slot_sizes[:count].sum())
 
     def sizes(self, slots: int) -> SlotSizes | None:
-        """Bytes of records and of so many slots; None where every slot holds any record."""
+        """Bytes of records and of so many slots; None where all are of one size."""
         return SlotSizes.of(self.record_bytes, self.slot_sizes[:slots])
 
     def slots_within(self, nbytes: int) -> int:

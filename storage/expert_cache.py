@@ -48,7 +48,7 @@ class AdmissionPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotSizes:
-    """Bytes of records (n_keys,) and of slots (n_slots,), where not every slot holds any record."""
+    """Bytes of records (n_keys,) and of slots (n_slots,), where there are several sizes."""
 
     records: npt.NDArray[np.int64]
     slots: npt.NDArray[np.int64]
@@ -57,8 +57,8 @@ class SlotSizes:
     def of(
         cls, records: npt.NDArray[np.int64] | None, slots: npt.NDArray[np.int64]
     ) -> SlotSizes | None:
-        """None where every slot holds any record."""
-        if records is None or not len(slots) or records.max() <= slots.min():
+        """None where all records are of one size, and so are slots."""
+        if records is None or not len(slots) or records.min() == records.max():
             return None
         return cls(records.reshape(-1), slots)
 
