@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +86,10 @@ def quantize(
 def widths_text(found: QuantizedExperts) -> str:
     """A line for each layer."""
     layers: dict[int, dict[str, str]] = {}
-    for name, fmt in found.formats.items():
+    for name, formats in found.formats.items():
         layer, part = re.findall(r"blk\.(\d+)\.ffn_(\w+)_exps", name)[0]
-        layers.setdefault(int(layer), {})[part] = fmt
+        counts = sorted(Counter(formats).items())
+        said = ", ".join(f"{fmt} x {n}" for fmt, n in counts) if len(counts) > 1 else formats[0]
+        layers.setdefault(int(layer), {})[part] = said
     rows = [(str(at), *(parts[p] for p in ("gate", "up", "down"))) for at, parts in layers.items()]
     return table(("layer", "gate", "up", "down"), rows)

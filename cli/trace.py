@@ -65,7 +65,9 @@ def trace(
         engine.experts.record(None)
         hits, misses = engine.experts.counts
         plan, spec = engine.plan, engine.spec
-    found = join_passes(passes, spec.num_experts, plan.expert_slot_bytes)
+    sizes = plan.expert_sizes
+    each = None if sizes is None else sizes.records.reshape(spec.num_hidden_layers, -1)
+    found = join_passes(passes, spec.num_experts, plan.expert_slot_bytes, each)
     with atomic_file(out) as stream:
         write_routing(stream, found)
     rate = hits / (hits + misses)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgert.errors import BudgetError
+from edgert.expert_sizes import spread_order
 from edgert.plan import Plan, Region
 from edgert.plan_parts import Need, TilePlan, resident_why
 
@@ -73,7 +74,7 @@ def rooms_of(opened: Plan, need: Need) -> Rooms:
         resident=sum(unit.nbytes for unit in units_of(opened)),
         embedding=need.embedding_bytes,
         window=_ring_slots(opened) * need.slot_bytes,
-        experts=need.expert_count * need.expert_slot_bytes,
+        experts=need.slots_bytes(need.expert_count),
         staging=opened.reader_threads * opened.staging_bytes if need.experts else 0,
     )
 
@@ -132,9 +133,7 @@ def _runs(opened: Plan, numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _spread(items: Sequence[list[int]]) -> list[list[int]]:
-    bits = max(len(items) - 1, 0).bit_length()
-    ranks = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
-    return [items[rank] for rank in ranks if rank < len(items)]
+    return [items[rank] for rank in spread_order(len(items))]
 
 
 def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
@@ -161,9 +160,8 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
 
 def _keep(need: Need, units: Sequence[Unit], room: int, reading: int, ring: int) -> _Kept:
     """What stays in `room` bytes: weights, then experts, then the token table; or the least."""
-    record = need.expert_slot_bytes
     least = min(need.expert_count, need.experts_per_token)
-    left = room - least * record
+    left = room - need.slots_bytes(least)
     sizes = [unit.nbytes for unit in units]
     count, slots, n_bases = len(sizes), 0, sum(unit.is_base for unit in units)
     ring = min(ring, max(_RING_LEAST, left // _RING_SHARE // need.slot_bytes))
@@ -175,9 +173,8 @@ def _keep(need: Need, units: Sequence[Unit], room: int, reading: int, ring: int)
         slots = min(ring, len(sizes) - max(count, n_bases) - 1)
         left -= streaming
     left -= sum(sizes[:count])
-    more = max(left, 0) // record if record else 0
-    expert_slots = min(need.expert_count, least + more)
-    left -= (expert_slots - least) * record
+    expert_slots = need.slots_within(need.slots_bytes(least) + max(left, 0))
+    left -= need.slots_bytes(expert_slots) - need.slots_bytes(least)
     whole = slots == 0 and expert_slots == need.expert_count
     return _Kept(count, slots, expert_slots, whole and need.embedding_bytes <= left)
 
@@ -209,7 +206,7 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
         "resident": sum(unit.nbytes for unit in stays),
         "embedding": need.embedding_bytes if kept.embedding else 0,
         "window": kept.slots * need.slot_bytes,
-        "experts": kept.expert_slots * need.expert_slot_bytes,
+        "experts": need.slots_bytes(kept.expert_slots),
         "staging": regions["staging"].nbytes + more,
     }
     why = {
@@ -226,7 +223,8 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
             for r in opened.regions
         ),
         tiles=tuple(tiles), slots=kept.slots, slot_bytes=need.slot_bytes,
-        expert_slots=kept.expert_slots, staging_buffers=buffers,
+        expert_slots=kept.expert_slots,
+        expert_sizes=need.sizes(kept.expert_slots), staging_buffers=buffers,
         embedding_resident=kept.embedding,
         resident_bytes=opened.resident_bytes + sum(new[n] - regions[n].nbytes for n in weights),
         streamed_bytes=sum(t.read_bytes for t in tiles if t.stream_index >= 0),

@@ -116,7 +116,7 @@ def forecast(
     plan_for = planner(opened, chosen, process, profile, known)
 
     def predicted(plan: Plan) -> Prediction:
-        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
+        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens, plan.expert_sizes)
         chances = known.chances if known else None
         found = predict(plan, opened.spec, opened.manifest, profile, misses=misses, chances=chances)
         assert found is not None, "the profile was measured for this model"

@@ -247,7 +247,7 @@ class _Layout:
         fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + reading
         slots = need.expert_count if everything else min(need.expert_count, need.experts_per_token)
-        fixed += slots * need.expert_slot_bytes + (need.embedding_bytes if everything else 0)
+        fixed += need.slots_bytes(slots) + (need.embedding_bytes if everything else 0)
         window = base = 0
         if everything or fixed + need.tile_bytes <= self.options.budget_bytes:
             fixed += need.tile_bytes
@@ -275,7 +275,7 @@ class _Layout:
         def left(tokens: int) -> tuple[int, float] | None:
             found = self.sums(context, replace(shape, tokens=tokens), everything=False)
             room = self.options.budget_bytes - found.total_bytes
-            slots = need.experts_per_token + room // need.expert_slot_bytes
+            slots = need.slots_within(need.slots_bytes(need.experts_per_token) + room)
             return (slots, found.streamed_bytes) if room >= 0 else None
 
         rates = rates_of(profile, self.options.threads)
@@ -287,9 +287,9 @@ class _Layout:
         return shape if tokens is None else replace(shape, tokens=min(tokens, most))
 
     def _expert_load(self, need: Need) -> ExpertLoad:
-        layers, slot_bytes = len(need.experts), need.expert_slot_bytes
-        k = self.spec.num_experts_per_tok
-        return ExpertLoad.of(layers, self.spec.num_experts, k, slot_bytes, self._chances)
+        layers, k = len(need.experts), self.spec.num_experts_per_tok
+        each = need.slots_bytes(need.expert_count) // need.expert_count
+        return ExpertLoad.of(layers, self.spec.num_experts, k, each, self._chances)
 
     def plan(
         self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
@@ -315,7 +315,7 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
     """What stays in `room` bytes: tiles of the matrices first, then as many experts as fit."""
     window = slots * need.slot_bytes + (reading if need.experts else 0)
     least = min(need.expert_count, need.experts_per_token)
-    room -= least * need.expert_slot_bytes
+    room -= need.slots_bytes(least)
     bases = None
     if keep_dense or need.tile_bytes <= room:
         resident = tuple(True for _ in need.tiles)
@@ -329,8 +329,8 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
     slots = min(slots, max(streamed - 1, 0))
     room -= sum(t.nbytes for t, keep in zip(need.tiles, resident, strict=True) if keep)
     room -= window if streamed else 0
-    more = max(room, 0) // need.expert_slot_bytes if need.expert_slot_bytes else 0
-    return Kept(resident, bases, slots, min(need.expert_count, least + more), False)
+    experts = need.slots_within(need.slots_bytes(least) + max(room, 0))
+    return Kept(resident, bases, slots, experts, False)
 
 
 def _plan(
@@ -347,7 +347,7 @@ def _plan(
     buffers = shape.readers * (2 if need.experts and kept.slots else 1)
     in_memory = sum(t.memory_bytes for t in tiles)
     streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
-    experts = kept.expert_slots * need.expert_slot_bytes
+    experts = need.slots_bytes(kept.expert_slots)
     embedding = need.embedding_bytes if kept.embedding else 0
     regions = (
         Region("process", process_bytes, "interpreter, libraries, compiled kernels, tokenizer"),
@@ -370,7 +370,8 @@ def _plan(
         threads=options.threads, reader_threads=shape.readers,
         kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
         slots=kept.slots, slot_bytes=need.slot_bytes, expert_slots=kept.expert_slots,
-        expert_slot_bytes=need.expert_slot_bytes, staging_bytes=need.staging_bytes,
+        expert_slot_bytes=need.slots_bytes(1), expert_sizes=need.sizes(kept.expert_slots),
+        staging_bytes=need.staging_bytes,
         staging_buffers=buffers, embedding_resident=kept.embedding,
         resident_bytes=in_memory + need.vector_bytes + experts + embedding,
         streamed_bytes=streamed, expert_bytes=need.expert_bytes, weight_bytes=need.weight_bytes,

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import gcd, lcm
 
-from edgert.expert_records import ExpertRecord, expert_records
+import numpy as np
+import numpy.typing as npt
+
+from edgert.expert_records import LayerExperts, expert_records, record_sizes
+from edgert.expert_sizes import slot_sizes, slots_within
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
@@ -22,6 +26,7 @@ from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT
+from edgert.storage.expert_cache import SlotSizes
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
@@ -102,7 +107,7 @@ class Need:
     tile_bytes: int  # of all of them
     weights: int  # number of weights in them
     bases: dict[int, int]  # bits of a base -> bytes in memory when no tile has less
-    experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
+    experts: tuple[LayerExperts, ...]  # one a layer; empty for a dense model
     threads: int
     kv_cache_type: str
     slot_bytes: int
@@ -110,9 +115,22 @@ class Need:
     vector_bytes: int
     row_bytes: int  # room to read one row of the embedding
     embedding_bytes: int
-    expert_slot_bytes: int
-    expert_bytes: int  # of the largest expert in the file
+    record_bytes: npt.NDArray[np.int64] = field(repr=False)  # [layers, experts] of a slot
+    slot_sizes: npt.NDArray[np.int64] = field(repr=False)  # with n slots for experts the first n
+    expert_bytes: int  # of an expert in the file, on average
     weight_bytes: int
+
+    def slots_bytes(self, count: int) -> int:
+        """Bytes of so many slots for experts."""
+        return int(self.slot_sizes[:count].sum())
+
+    def sizes(self, slots: int) -> SlotSizes | None:
+        """Bytes of records and of so many slots; None where all are of one size."""
+        return SlotSizes.of(self.record_bytes, self.slot_sizes[:slots])
+
+    def slots_within(self, nbytes: int) -> int:
+        """How many slots for experts fit in so many bytes."""
+        return slots_within(self.slot_sizes, nbytes)
 
     @property
     def expert_count(self) -> int:
@@ -157,9 +175,14 @@ def need_of(
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
     experts = expert_records(spec, needs, manifest, tile_bytes)
     parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
-    expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
-    raw = [sum(p.extent.nbytes for p in r.parts) for r in experts]
-    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in experts for p in r.parts)])
+    kinds = [record for layer in experts for record in layer.records]
+    record_bytes = record_sizes(experts, spec)
+    raw = [
+        sum(part.extent.nbytes for part in layer.record(i).parts)
+        for layer in experts
+        for i in range(spec.num_experts)
+    ]
+    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in kinds for p in r.parts)])
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
         align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
@@ -178,7 +201,8 @@ def need_of(
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
         row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
         embedding_bytes=align_up(embedding.extent.nbytes, 64),
-        expert_slot_bytes=expert_slot, expert_bytes=max(raw, default=0),
+        record_bytes=record_bytes, slot_sizes=slot_sizes(record_bytes, spec.num_experts_per_tok),
+        expert_bytes=sum(raw) // max(len(raw), 1),
         weight_bytes=manifest.tensor_bytes,
     )  # fmt: skip
 
@@ -190,7 +214,7 @@ def _slot_bytes(tile: TilePlan) -> int:
 
 
 def _formats(manifest: Manifest) -> set[QuantFormat]:
-    return {t.format for t in manifest.tensors.values()}
+    return {f for t in manifest.tensors.values() for f in t.formats}
 
 
 def _by_role(
@@ -199,7 +223,7 @@ def _by_role(
     found: dict[TensorRole, set[QuantFormat]] = {}
     for need in needs.values():
         if need.kind in ("matrix", "expert_matrix"):
-            found.setdefault(need.role, set()).add(manifest.tensors[need.name].format)
+            found.setdefault(need.role, set()).update(manifest.tensors[need.name].formats)
     if spec.tie_word_embeddings:
         found[TensorRole.LM_HEAD] = {manifest.tensors[head_tensor(spec)].format}
     return found

@@ -60,7 +60,8 @@ class ExpertStreamer:
     threads work on one expert; `place(layer, expert, part, raw, slot)` gets the exact bytes of one
     part and the whole slot, in a thread of the team, and should release the GIL. Works with any
     number of slots from 1. One consumer at a time. `policy_for` gives the policy of eviction, LRU
-    without it; it changes time, never what a slot holds.
+    without it; it changes time, never what a slot holds. `record_bytes` [n_layers, n_experts]: what
+    each takes of a slot, where slots have several sizes; one at least must hold any record.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ExpertStreamer:
         staging: Sequence[Bytes],
         place: PlaceExpert,
         policy_for: PolicyFor | None = None,
+        record_bytes: npt.NDArray[np.int64] | None = None,
     ) -> None:
         n_layers, n_experts = shape
         self.shape = (n_layers, n_experts)
@@ -80,7 +82,7 @@ class ExpertStreamer:
         self.state = self.board[2 + n_experts : 2 + 2 * n_experts]
         self.group_address = self.board[2 + 2 * n_experts :]
         self.state[:] = DONE
-        self.slots = ExpertSlots(shape, window, policy_for)
+        self.slots = ExpertSlots(shape, window, policy_for, record_bytes)
         self.slot_address, self.last_used = self.slots.addresses, self.slots.last_used
         self.loads = 0
         self._parts = parts
@@ -258,7 +260,7 @@ class ExpertStreamer:
         wrong = {key for key in self._queue.queued_ahead() if first <= key < end} - keys.keys()
         self._give_up(self._queue.drop(wrong))
         wanted = [key for key in keys if key not in loads or loads[key].due]
-        for key in wanted[: self._room(len(wanted)) if wanted else 0]:
+        for key in self._with_room(wanted):
             load = loads.get(key)
             if load is not None:
                 self._claim(load)
@@ -267,13 +269,14 @@ class ExpertStreamer:
             self._without_slot.append(load)
         return self._queue.takers > 0
 
-    def _room(self, wanted: int) -> int:
-        """Slots there will be for what is wanted, exactly where they are fewer than `wanted`."""
-        n_slots = self.slots.window.n_slots
-        room = n_slots - len(self._queue.loads) - int(self.board[1])
-        if room < wanted:  # so few that they have to be counted
-            room = n_slots - int(np.count_nonzero(self._busy())) - len(self._without_slot)
-        return max(room, 0)
+    def _with_room(self, wanted: Sequence[int]) -> Sequence[int]:
+        """Those of what is wanted for which there will be slots."""
+        slots = self.slots
+        room = slots.window.n_slots - len(self._queue.loads) - int(self.board[1])
+        if not wanted or (slots.sizes is None and room >= len(wanted)):
+            return wanted
+        # Of several sizes, or so few that they have to be counted.
+        return slots.fitting(wanted, [load.key for load in self._without_slot], self._busy())
 
     def _busy(self) -> npt.NDArray[np.bool_]:
         """Slots that may not be taken: being filled, or on the board and not DONE.

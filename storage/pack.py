@@ -7,7 +7,7 @@ not know what a tensor is for, nor how its bytes are made (edgert/pack.py).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -31,7 +31,7 @@ from edgert.storage.model_file import open_model_file
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = [
-    "CHUNK_BYTES", "HEADER", "MAGIC", "PAGE", "PARTS_MAX", "VERSION",
+    "CHUNK_BYTES", "HEADER", "MAGIC", "MIXED_VERSION", "PAGE", "PARTS_MAX", "VERSION",
     "PackHeader", "encode_header", "encode_index", "part_bytes", "read_header", "read_pack",
     "tiles_bytes", "type_id_of",
 ]  # fmt: skip
@@ -41,17 +41,20 @@ __all__ = [
 MAGIC = b"\x89EDGERT\n"
 BYTE_ORDER = 0x0A0B0C0D
 VERSION = 1
+MIXED_VERSION = 2  # of a file with mixed stacks, which is otherwise the same
 PAGE = 4096  # tensors and records begin at multiples of it
 PART = 64  # gate, up and down of a record do at multiples of this
 CHUNK_BYTES = MIB  # of data for each checksum
 # By their number in the file.
-LAYOUTS: tuple[Literal["rows", "tiles", "nested"], ...] = ("rows", "tiles", "nested")
+LAYOUTS: tuple[Literal["rows", "tiles", "nested", "mixed"], ...] = (
+    "rows", "tiles", "nested", "mixed",
+)  # fmt: skip
 PARTS_MAX = 4
 PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
 
 HEADER = Struct("<8sIIQQQIIIQI")
 _SUM = Struct("<I")
-_PART = Struct("<IQQ")  # of a nested matrix: bits, offset, bytes
+_PART = Struct("<IQQ")  # bits of a part or format of a matrix, offset, bytes
 _READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
 _TENSORS_MAX = 1 << 17
 _MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
@@ -70,6 +73,7 @@ class PackHeader:
     index_bytes: int
     data_offset: int
     index_crc: int
+    version: int
 
     @property
     def n_chunks(self) -> int:
@@ -103,10 +107,10 @@ def part_bytes(fmt: QuantFormat, bits: int, is_first: bool, rows: int, columns: 
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def encode_header(file_bytes: int, index: bytes, data_offset: int) -> bytes:
+def encode_header(file_bytes: int, index: bytes, data_offset: int, version: int = VERSION) -> bytes:
     """The 64 bytes of the header. `index`: all of it, checksums of the data included."""
     fields = (
-        MAGIC, BYTE_ORDER, VERSION, file_bytes, len(index), data_offset, CHUNK_BYTES,
+        MAGIC, BYTE_ORDER, version, file_bytes, len(index), data_offset, CHUNK_BYTES,
         zlib.crc32(index), 0, 0,
     )  # fmt: skip
     raw = HEADER.pack(*fields, 0)[:-4]
@@ -131,7 +135,7 @@ def _encode_entry(tensor: TensorEntry) -> bytes:
             *(size.to_bytes(8, "little") for size in sizes),
             type_id_of(tensor.format).to_bytes(4, "little"),
             LAYOUTS.index(tensor.layout).to_bytes(4, "little"),
-            max(1, len(tensor.parts)).to_bytes(4, "little"),
+            max(1, len(tensor.parts), len(tensor.matrices)).to_bytes(4, "little"),
             tensor.extent.offset.to_bytes(8, "little"),
             tensor.extent.nbytes.to_bytes(8, "little"),
             tensor.stride.to_bytes(8, "little"),
@@ -139,6 +143,7 @@ def _encode_entry(tensor: TensorEntry) -> bytes:
                 _PART.pack(bits, part.offset, part.nbytes)
                 for bits, part in zip(tensor.part_bits, tensor.parts, strict=True)
             ),
+            *(_PART.pack(type_id_of(fmt), m.offset, m.nbytes) for fmt, m in tensor.matrices),
         ]
     )
 
@@ -203,10 +208,11 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
         raise FormatError(path, "the header does not match its checksum; copy or pack it again", 0)
     if order != BYTE_ORDER:
         raise FormatError(path, f"the byte order mark is {order:#x}, not {BYTE_ORDER:#x}", 8)
-    if version != VERSION or flags or fields[9]:
+    if not VERSION <= version <= MIXED_VERSION or flags or fields[9]:
         raise UnsupportedError(
             f"{path} is version {version} of the .edgert format with flags {flags:#x}; this edgert "
-            f"reads version {VERSION} without flags, so pack the model again or update edgert"
+            f"reads versions {VERSION} and {MIXED_VERSION} without flags, so pack the model again "
+            "or update edgert"
         )
     if chunk != CHUNK_BYTES:
         raise FormatError(path, f"checksums cover {chunk:,} bytes each, not {CHUNK_BYTES:,}", 40)
@@ -223,7 +229,7 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
         )
     if size % PAGE:
         raise FormatError(path, f"{size:,} bytes are no multiple of {PAGE:,}", 16)
-    return PackHeader(file_bytes, index_bytes, data_offset, index_crc)
+    return PackHeader(file_bytes, index_bytes, data_offset, index_crc, version)
 
 
 def _read_index(
@@ -242,6 +248,10 @@ def _read_index(
             raise reader.error(f"tensor {entry.name!r} appears twice", at)
         tensors[entry.name] = entry
     _check_extents(reader.path, header, tensors)
+    mixed = next((name for name, entry in tensors.items() if entry.matrices), None)
+    if (mixed is not None) != (header.version == MIXED_VERSION):
+        what = "no tensor is mixed" if mixed is None else f"tensor {mixed!r} is mixed"
+        raise reader.error(f"{what} in a file of version {header.version}", 12)
     return metadata, tensors
 
 
@@ -253,8 +263,8 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
         raise reader.error(f"{what} has the impossible shape {sizes}", at)
     reader.check_rows(name, sizes[0], fmt, at)
     layout, n_parts = reader.u32(what), reader.u32(what)
-    nested = layout == LAYOUTS.index("nested")
-    if layout >= len(LAYOUTS) or not (2 <= n_parts <= PARTS_MAX if nested else n_parts == 1):
+    least, most = {2: (2, PARTS_MAX), 3: (1, _MATRICES_MAX)}.get(layout, (1, 1))
+    if layout >= len(LAYOUTS) or not least <= n_parts <= most:
         raise UnsupportedError(
             f"{reader.path}: {name!r} has layout {layout} in {n_parts} parts, "
             "which this edgert does not read; update edgert or pack the model again"
@@ -264,7 +274,9 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
     entry = TensorEntry(
         name, fmt, tuple(reversed(sizes)), extent, LAYOUTS[layout], reader.u64(what)
     )
-    if nested:
+    if entry.layout == "mixed":
+        return _read_mixed(reader, entry, n_parts, at)
+    if entry.layout == "nested":
         found = [(reader.u32(what), reader.u64(what), reader.u64(what)) for _ in range(n_parts)]
         parts = tuple(Extent(0, offset, nbytes) for _, offset, nbytes in found)
         entry = replace(entry, parts=parts, part_bits=tuple(bits for bits, _, _ in found))
@@ -272,6 +284,32 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
     else:
         _check_entry(reader, entry, at)
     return entry
+
+
+def _read_mixed(reader: HeaderReader, entry: TensorEntry, count: int, at: int) -> TensorEntry:
+    """The formats and places of the matrices of a mixed stack, checked as they are read."""
+    what, shape = f"tensor {entry.name!r}", entry.shape
+    if len(shape) != 3 or count != shape[0]:
+        raise reader.error(f"{what} of shape {shape} is mixed of {count:,} matrices", at)
+    reader.check_count(count, _PART.size, _MATRICES_MAX, f"matrices of {what}")
+    matrices = []
+    for i in range(count):
+        fmt, offset, nbytes = _format(reader, entry.name), reader.u64(what), reader.u64(what)
+        reader.check_rows(entry.name, shape[-1], fmt, at)
+        wanted = tiles_bytes(fmt, *shape[1:])
+        if nbytes != wanted or offset % PART:
+            raise reader.error(
+                f"matrix {i} of {what} has {nbytes:,} bytes of {fmt.name} at {offset:,}, "
+                f"not {wanted:,} at a multiple of {PART}", at,
+            )  # fmt: skip
+        matrices.append((fmt, Extent(0, offset, nbytes)))
+    first, total = matrices[0], sum(extent.nbytes for _, extent in matrices)
+    whole = entry.extent
+    if (entry.format, whole.offset, whole.nbytes, entry.stride) != (
+        first[0], first[1].offset, total, 0,
+    ):  # fmt: skip
+        raise reader.error(f"{what} is not what its matrices are", at)
+    return replace(entry, matrices=tuple(matrices))
 
 
 def _format(reader: HeaderReader, name: str) -> QuantFormat:
@@ -327,10 +365,15 @@ def _check_parts(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
         raise reader.error(f"{what} is not where its parts are", at)
 
 
+def _extents(entry: TensorEntry) -> Sequence[Extent]:
+    """What a tensor takes of the file; of a stack in tiles, its first matrix."""
+    return entry.parts or [extent for _, extent in entry.matrices] or (entry.extent,)
+
+
 def _check_extents(path: Path, header: PackHeader, tensors: Mapping[str, TensorEntry]) -> None:
     """Every matrix inside the data, and no two of them over the same bytes."""
     spans: list[tuple[int, int, str]] = []
-    for entry, extent in ((e, x) for e in tensors.values() for x in e.parts or (e.extent,)):
+    for entry, extent in ((e, x) for e in tensors.values() for x in _extents(e)):
         count = entry.shape[0] if entry.stride else 1
         at, nbytes = extent.offset, extent.nbytes
         end = at + (count - 1) * entry.stride + nbytes

@@ -30,7 +30,7 @@ from types import TracebackType
 
 from edgert.errors import EdgertError, FormatError, InputError
 from edgert.storage.backend import FileBackend
-from edgert.storage.pack import CHUNK_BYTES, HEADER, PAGE, encode_header
+from edgert.storage.pack import CHUNK_BYTES, HEADER, PAGE, VERSION, encode_header
 from edgert.storage.pack_verify import READ_BYTES, first_wrong, verify_pack
 from edgert.units import MIB, align_up, format_bytes
 
@@ -52,12 +52,15 @@ class PackWriter:
     Raises `InputError` when the output cannot be made, `EdgertError` when the disk is full.
     """
 
-    def __init__(self, out: Path, index: bytes, data_bytes: int, stamp: bytes) -> None:
+    def __init__(
+        self, out: Path, index: bytes, data_bytes: int, stamp: bytes, version: int = VERSION
+    ) -> None:
         assert data_bytes % PAGE == 0, data_bytes
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.position = 0  # bytes of data in place
         self._index = index
+        self._version = version
         self._n_chunks = -(-data_bytes // CHUNK_BYTES)
         self._data_offset = data_offset_of(len(index), data_bytes)
         self._file_bytes = self._data_offset + data_bytes
@@ -150,8 +153,8 @@ class PackWriter:
             if fd >= 0:
                 os.close(fd)
 
-    def _sizes(self, index: bytes) -> tuple[int, bytes, int]:
-        return self._file_bytes, index, self._data_offset
+    def _sizes(self, index: bytes) -> tuple[int, bytes, int, int]:
+        return self._file_bytes, index, self._data_offset, self._version
 
     def _lock(self) -> None:
         """Keep a second writer out, where the system can."""
