@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from edgert.errors import BudgetError
 from edgert.expert_sizes import spread_order
 from edgert.plan import Plan, Region
-from edgert.plan_parts import Need, TilePlan, resident_why
+from edgert.plan_parts import Need, TilePlan, resident_why, ring_of
 
 __all__ = ["Rooms", "Unit", "elastic_bytes", "leaving_order", "resized", "rooms_of", "units_of"]
 
@@ -63,7 +63,7 @@ class _Kept:
     """What stays in memory: the first `units` units, the ring, experts, the token table."""
 
     units: int
-    slots: int
+    ring: int  # slots of the size of whole tiles
     expert_slots: int
     embedding: bool
 
@@ -73,7 +73,7 @@ def rooms_of(opened: Plan, need: Need) -> Rooms:
     return Rooms(
         resident=sum(unit.nbytes for unit in units_of(opened)),
         embedding=need.embedding_bytes,
-        window=_ring_slots(opened) * need.slot_bytes,
+        window=_ring(opened, need) * need.slot_bytes,
         experts=need.slots_bytes(need.expert_count),
         staging=opened.reader_threads * opened.staging_bytes if need.experts else 0,
     )
@@ -87,10 +87,11 @@ def elastic_bytes(plan: Plan) -> dict[str, int]:
     return {name: regions[name] for name in names} | {"staging": more}
 
 
-def _ring_slots(opened: Plan) -> int:
+def _ring(opened: Plan, need: Need) -> int:
+    """Slots of the ring, of the size of whole tiles."""
     streamed = sum(t.stream_index >= 0 for t in opened.tiles)
     if 0 < opened.slots < streamed - 1:  # else it was cut short by the number of tiles
-        return opened.slots
+        return opened.region("window").nbytes // need.slot_bytes
     return max(min(_RING_SLOTS, len(opened.tiles) - 1), 2)
 
 
@@ -148,7 +149,7 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     reading = opened.reader_threads * opened.staging_bytes
     fixed = opened.total_bytes - sum(elastic_bytes(opened).values())
     units = units_of(opened)
-    kept = _keep(need, units, budget - fixed, reading, _ring_slots(opened))
+    kept = _keep(need, units, budget - fixed, reading, _ring(opened, need))
     plan = _plan(opened, need, units, kept)
     if plan.total_bytes > budget:
         raise BudgetError(
@@ -199,19 +200,21 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
         base = tile.base if i in based and i not in whole else None
         tiles.append(tile.placed(-1 if i in whole else count, base))
         count += i not in whole
-    buffers = opened.reader_threads * (2 if need.experts and kept.slots else 1)
+    buffers = opened.reader_threads * (2 if need.experts and kept.ring else 1)
+    window = kept.ring * need.slot_bytes
+    slots, slot_bytes = ring_of(window, need, tiles)
     more = (buffers - opened.staging_buffers) * opened.staging_bytes
     regions = {r.name: r for r in opened.regions}
     new = {
         "resident": sum(unit.nbytes for unit in stays),
         "embedding": need.embedding_bytes if kept.embedding else 0,
-        "window": kept.slots * need.slot_bytes,
+        "window": window,
         "experts": need.slots_bytes(kept.expert_slots),
         "staging": regions["staging"].nbytes + more,
     }
     why = {
         "resident": resident_why(tiles),
-        "window": f"{kept.slots} slots for streamed tiles",
+        "window": f"{slots} slots for streamed tiles",
         "experts": f"{kept.expert_slots} of {need.expert_count} expert records",
         "staging": f"{buffers} read buffers, one token row",
     }
@@ -222,7 +225,7 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
             Region(r.name, new.get(r.name, r.nbytes), why.get(r.name, r.why))
             for r in opened.regions
         ),
-        tiles=tuple(tiles), slots=kept.slots, slot_bytes=need.slot_bytes,
+        tiles=tuple(tiles), slots=slots, slot_bytes=slot_bytes,
         expert_slots=kept.expert_slots,
         expert_sizes=need.sizes(kept.expert_slots), staging_buffers=buffers,
         embedding_resident=kept.embedding,

@@ -340,8 +340,8 @@ class Forward:
         if self._change_waits:  # its stop may have come before `_recover` took it back
             return False
         with self._span(PASS, n, position):
-            if ahead is not None and self._drafts is not None and self._drafts.can_walk:
-                self._drafts.walk_beside(ahead)
+            if self._drafts is not None and self._drafts.can_walk:
+                self._drafts.walk_full(ahead)
             else:
                 self._team.run(self._programs.full)
         self._weights.raise_if_failed()
@@ -358,8 +358,7 @@ class Forward:
         self.stats.tokens += n
         seconds = time.perf_counter() - begin
         self.stats.seconds += seconds
-        if wanted == n:
-            self.costs.add(n, seconds)
+        (self.costs.add if wanted == n else self.costs.expect)(n, seconds)
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
         self._broken = False  # last: an interruption before here begins the streams again
         return True

@@ -35,6 +35,7 @@ from edgert.plan_parts import (
     measure,
     need_of,
     resident_why,
+    ring_of,
 )
 from edgert.plan_policy import (
     USUAL,
@@ -93,7 +94,7 @@ class Kept:
 
     resident: tuple[bool, ...]  # for each tile: all of it
     bases: tuple[Base | None, ...] | None  # for each tile: what stays of it while it is streamed
-    slots: int
+    ring: int  # slots that would hold whole tiles
     expert_slots: int
     embedding: bool
 
@@ -344,9 +345,11 @@ def _plan(
 ) -> Plan:
     """The plan's record for what was decided."""
     tiles = _numbered(need.tiles, kept)
-    buffers = shape.readers * (2 if need.experts and kept.slots else 1)
+    buffers = shape.readers * (2 if need.experts and kept.ring else 1)
     in_memory = sum(t.memory_bytes for t in tiles)
     streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
+    window = kept.ring * need.slot_bytes
+    slots, slot_bytes = ring_of(window, need, tiles)
     experts = need.slots_bytes(kept.expert_slots)
     embedding = need.embedding_bytes if kept.embedding else 0
     regions = (
@@ -356,7 +359,7 @@ def _plan(
         Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
         Region("resident", in_memory, resident_why(tiles)),
         Region("embedding", embedding, "token rows"),
-        Region("window", kept.slots * need.slot_bytes, f"{kept.slots} slots for streamed tiles"),
+        Region("window", window, f"{slots} slots for streamed tiles"),
         Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),
         Region(
             "staging",
@@ -369,7 +372,7 @@ def _plan(
         context_length=context, prefill_tokens=shape.tokens, logit_rows=sizes.logit_rows,
         threads=options.threads, reader_threads=shape.readers,
         kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
-        slots=kept.slots, slot_bytes=need.slot_bytes, expert_slots=kept.expert_slots,
+        slots=slots, slot_bytes=slot_bytes, expert_slots=kept.expert_slots,
         expert_slot_bytes=need.slots_bytes(1), expert_sizes=need.sizes(kept.expert_slots),
         staging_bytes=need.staging_bytes,
         staging_buffers=buffers, embedding_resident=kept.embedding,

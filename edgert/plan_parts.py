@@ -20,7 +20,7 @@ from edgert.expert_sizes import slot_sizes, slots_within
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
-from edgert.kernels_cpu.matmul import takes_quantized_input
+from edgert.kernels_cpu.matmul import takes_parts, takes_quantized_input
 from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
@@ -41,6 +41,7 @@ __all__ = [
     "measure",
     "need_of",
     "resident_why",
+    "ring_of",
     "spread_evenly",
 ]
 
@@ -55,6 +56,7 @@ class Base:
     bits: int
     parts: int  # of the tile's, the first ones
     nbytes: int  # in memory, in kernel layout
+    slot_bytes: int  # of the ring, for the rest of such a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ def need_of(
         tile_bytes=sum(t.nbytes for t in tiles),
         weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
-        slot_bytes=align_up(max(_slot_bytes(t) for t in tiles), ALIGNMENT),
+        slot_bytes=align_up(max(n for t in tiles for n in _slot_sizes(t)), ALIGNMENT),
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
         row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
         embedding_bytes=align_up(embedding.extent.nbytes, 64),
@@ -207,10 +209,8 @@ def need_of(
     )  # fmt: skip
 
 
-def _slot_bytes(tile: TilePlan) -> int:
-    """What a tile may need of a slot: put together, or what is read beside a base as it is."""
-    beside = [tile.extents[base.parts :] for base in tile.bases]
-    return max([tile.nbytes, *(parts_bytes(e, ALIGNMENT) + _ADDRESS_BYTES for e in beside)])
+def _slot_sizes(tile: TilePlan) -> list[int]:
+    return [tile.nbytes, *(base.slot_bytes for base in tile.bases)]
 
 
 def _formats(manifest: Manifest) -> set[QuantFormat]:
@@ -244,12 +244,14 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     @cache
     def held(n: int) -> tuple[int, tuple[Base, ...]]:
         """What `n` rows take in memory, whole and as bases."""
-        widths = [(bits, entry.base_parts(bits)) for bits in entry.base_bits]
-        bases = [
-            Base(bits, parts, matrix_bytes(entry.base_format(bits), n, columns))
-            for bits, parts in widths
-        ]
-        return matrix_bytes(entry.format, n, columns), tuple(bases)
+        whole, bases = matrix_bytes(entry.format, n, columns), list[Base]()
+        for bits in entry.base_bits:
+            parts, kept = entry.base_parts(bits), matrix_bytes(entry.base_format(bits), n, columns)
+            slot = whole  # put together there, or, in parts, as it was read
+            if takes_parts(entry.format, entry.split(bits)):
+                slot = parts_bytes(entry.extents(0, n)[parts:], ALIGNMENT) + _ADDRESS_BYTES
+            bases.append(Base(bits, parts, kept, align_up(slot, ALIGNMENT)))
+        return whole, tuple(bases)
 
     return [
         TilePlan(name, first, n, nbytes, entry.extents(first, first + n), is_head, bases)
@@ -296,6 +298,17 @@ def scratch_bytes(spec: ModelSpec, threads: int, context: int) -> int:
 def at_least(tile: TilePlan, bits: int) -> Base | None:
     """The narrowest base of a tile with `bits` bits or more; None where it must be kept whole."""
     return next((base for base in tile.bases if base.bits >= bits), None)
+
+
+def ring_of(window: int, need: Need, tiles: Sequence[TilePlan]) -> tuple[int, int]:
+    """Slots in `window` bytes for the streamed ones of `tiles`, and bytes of one.
+
+    Where all have a base, a slot holds what is read beside it: twice as many, of half the size.
+    """
+    bases = [tile.base for tile in tiles if tile.stream_index >= 0]
+    sizes = [base.slot_bytes for base in bases if base]
+    size = max(sizes) if sizes and len(sizes) == len(bases) else need.slot_bytes
+    return min(window // size, max(len(bases) - 1, 0)), size
 
 
 def base_sizes(tiles: Sequence[TilePlan]) -> dict[int, int]:

@@ -27,6 +27,7 @@ MOST_DRAFTED = 63  # tokens of a draft, whatever is asked for: passes of up to 6
 _MARGIN = 1.03
 _WORTH_SECONDS = 5e-4  # of a pass: guessing takes 5 to 15 us
 _TO_TIME = 3  # guesses to learn what one costs
+_LITTLE = 0.05  # of a pass of one, that a token more adds: a disk sets the pace
 _WORTH_CHANCE = 0.15  # of guesses beside a pass, which take memory's time from it
 _FRESH = 128  # passes until a measurement is forgotten: disks, budgets and contexts change
 
@@ -149,6 +150,15 @@ class PassCosts:
             self._last[n] = self._passes
             self._seconds[n].append(seconds)
             self.latest = seconds
+
+    def expect(self, n: int, seconds: float) -> None:
+        """A pass over `n` tokens of a prompt took so long: the first idea of what one of 1 takes.
+
+        Only where a token more adds next to nothing.
+        """
+        if 1 <= n < len(self._seconds) and not self._seconds[1] and self._growth <= _LITTLE:
+            self._seconds[1].append(seconds / (1 + self._growth * (n - 1)))
+            self._last[1] = self._passes
 
     def forget(self, growth: float) -> None:
         """Passes cost something else from now on."""

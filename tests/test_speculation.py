@@ -70,6 +70,22 @@ def test_a_pass_of_one_is_timed_first() -> None:
     assert costs.table(2) == [0, 2, 3]
 
 
+def test_a_pass_over_a_prompt_tells_what_one_of_one_costs() -> None:
+    """Where a disk sets the pace; and until one was timed."""
+    costs = PassCosts(0.02)
+    costs.expect(65, 9.0)  # says nothing, as in `add`
+    assert costs.table(1) == []
+    costs.expect(11, 6.0)
+    costs.expect(1, 9.0)
+    assert costs.table(2) == pytest.approx([0, 5, 5.1])
+    for _ in range(3):
+        costs.add(1, 4.0)
+    assert costs.table(1) == [0, 4]
+    resident = PassCosts(0.1)
+    resident.expect(1, 6.0)
+    assert resident.table(1) == []
+
+
 def test_costs_are_medians_and_others_follow_from_them() -> None:
     costs = PassCosts(0.5)
     for seconds in (2.0, 90.0, 2.0):
