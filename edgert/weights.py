@@ -21,7 +21,7 @@ from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS
 from edgert.kernels_cpu.program import Experts, Matrix
 from edgert.models.graph import WeightSource
-from edgert.placing import place_part
+from edgert.placing import place_part, room_of
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
@@ -198,7 +198,7 @@ class Weights:
                 self._backend,
                 lambda layer, expert: [part.of(expert) for part in records[layer].parts],
                 shape, self._slots_of(plan), self._staging, self._place_expert,
-                policy_for("auto", shape, spec.num_experts_per_tok),
+                policy_for("auto", shape, spec.num_experts_per_tok), self._expert_room,
             )  # fmt: skip
 
     def _dense_streamer(self, plan: Plan) -> Streamer | None:
@@ -269,6 +269,9 @@ class Weights:
     def _place_expert(self, layer: int, expert: int, part: int, raw: _Bytes, slot: _Bytes) -> None:
         with self._span("place expert", layer, expert):
             place_part(self._need.experts[layer].parts[part], self._manifest, raw, slot)
+
+    def _expert_room(self, layer: int, expert: int, part: int, slot: _Bytes) -> _Bytes | None:
+        return room_of(self._need.experts[layer].parts[part], expert, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
