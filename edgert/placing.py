@@ -17,10 +17,12 @@ from edgert.kernels_cpu.layout import repack, tile_count
 from edgert.kernels_cpu.nested import Bits, move_bits, part_bytes, part_of, tiles_of
 from edgert.kernels_cpu.places import are_same
 from edgert.quant.formats import CODE_BITS, BaseFormat, QuantFormat
+from edgert.storage.backend import ALIGNMENT, aligned_range
 from edgert.storage.manifest import Manifest, TensorEntry
 
 __all__ = [
-    "place_addresses", "place_base", "place_part", "place_refined", "place_rows", "split_parts",
+    "place_addresses", "place_base", "place_part", "place_refined", "place_rows", "room_of",
+    "split_parts",
 ]  # fmt: skip
 
 _Bytes = npt.NDArray[np.uint8]
@@ -108,3 +110,11 @@ def place_part(part: RecordPart, manifest: Manifest, raw: _Bytes, slot: _Bytes) 
         place_rows(manifest.tensors[part.tensor], part.rows, [raw], out)
     else:
         out[:] = raw
+
+
+def room_of(part: RecordPart, expert: int, slot: _Bytes) -> _Bytes | None:
+    """Where in the slot a part of an expert is read to as it is; None if it has to be placed."""
+    _, nbytes, skip = aligned_range(part.of(expert), ALIGNMENT)
+    if part.tensor or skip or part.start % ALIGNMENT:
+        return None
+    return slot[part.start : part.start + nbytes]

@@ -21,7 +21,7 @@ from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS
 from edgert.kernels_cpu.program import Experts, ExpertShape, Matrix
 from edgert.models.graph import WeightSource
-from edgert.placing import place_part
+from edgert.placing import place_part, room_of
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
@@ -199,6 +199,7 @@ class Weights:
                 lambda layer, expert: records[layer].extents(expert),
                 shape, self._slots_of(plan), self._staging, self._place_expert,
                 policy_for("auto", shape, spec.num_experts_per_tok), self._need.record_bytes,
+                self._expert_room,
             )  # fmt: skip
 
     def _dense_streamer(self, plan: Plan) -> Streamer | None:
@@ -270,6 +271,9 @@ class Weights:
         with self._span("place expert", layer, expert):
             record = self._need.experts[layer].record(expert)
             place_part(record.parts[part], self._manifest, raw, slot)
+
+    def _expert_room(self, layer: int, expert: int, part: int, slot: _Bytes) -> _Bytes | None:
+        return room_of(self._need.experts[layer].record(expert).parts[part], expert, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 

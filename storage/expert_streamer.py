@@ -51,6 +51,7 @@ _WAKE = bytes(8)
 
 PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read, each at once
 PlaceExpert = Callable[[int, int, int, Bytes, Bytes], None]  # layer, expert, part, raw, slot
+RoomOf = Callable[[int, int, int, Bytes], Bytes | None]  # layer, expert, part, slot
 
 
 class ExpertStreamer:
@@ -62,6 +63,8 @@ class ExpertStreamer:
     number of slots from 1. One consumer at a time. `policy_for` gives the policy of eviction, LRU
     without it; it changes time, never what a slot holds. `record_bytes` [n_layers, n_experts]: what
     each takes of a slot, where slots have several sizes; one at least must hold any record.
+    `room(layer, expert, part, slot)` is where a part that lies in the file as in its slot is read
+    to, None for one that has to be placed.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class ExpertStreamer:
         place: PlaceExpert,
         policy_for: PolicyFor | None = None,
         record_bytes: npt.NDArray[np.int64] | None = None,
+        room: RoomOf = lambda _layer, _expert, _part, _slot: None,
     ) -> None:
         n_layers, n_experts = shape
         self.shape = (n_layers, n_experts)
@@ -87,6 +91,7 @@ class ExpertStreamer:
         self.loads = 0
         self._parts = parts
         self._place = place
+        self._room_of = room
         self._team = ReaderTeam(backend, staging, "edgert-expert")
         self._queue = LoadQueue()
         self._without_slot: list[Load] = []  # those wanted that have none, all of one layer
@@ -140,7 +145,7 @@ class ExpertStreamer:
     def start(self) -> None:
         """Begin answering requests."""
         assert not self._closed and not self._team.running
-        self._team.start_pipeline(self._take, self._fill, excuse=self._go_on_without)
+        self._team.start_pipeline(self._take, self._fill, self._into, self._go_on_without)
 
     def raise_if_failed(self) -> None:
         """Raise the error a thread met (`StorageError` with file and offset for a failed read)."""
@@ -328,6 +333,18 @@ class ExpertStreamer:
                 self.slots.move_out(load.key)
                 self.prefetcher.dropped()
 
+    def _into(self, job: Job) -> Bytes | None:
+        """Where a part is to be read to: its place in the slot, or staging.
+
+        Slots are not chosen before the disk has something to do; what it does first is placed.
+        """
+        load, where = job.load, (*divmod(job.load.key, self.shape[1]), job.part)
+        with self._team.lock:
+            if load.slot < 0 and self._team.reading:
+                self._assign(load)
+            slot = load.slot
+        return None if slot < 0 else self._room_of(*where, self.slots.window.view(slot))
+
     # ---- the threads that place -------------------------------------------------------------
 
     def _fill(self, job: Job, raw: list[Bytes]) -> None:
@@ -339,7 +356,8 @@ class ExpertStreamer:
                 self._give_back(job)
                 return
         view = self.slots.window.view(load.slot)
-        self._place(*divmod(load.key, self.shape[1]), job.part, raw[0], view)
+        if not np.may_share_memory(view, raw[0]):
+            self._place(*divmod(load.key, self.shape[1]), job.part, raw[0], view)
         with self._team.lock:
             if self._queue.placed(job):
                 self._give_up([load])
