@@ -104,6 +104,7 @@ class ModelOptions:
     kv_cache_type: str = "f16"
     quality_bits: int | str | None = None
     draft_model: Path | None = None
+    verify_checksums: bool = False
 
     @property
     def path(self) -> Path:
@@ -126,6 +127,7 @@ class ModelOptions:
             "threads": self.threads,
             "kv_cache_type": self.kv_cache_type,
             "quality_bits": self.quality_bits,
+            "verify_checksums": self.verify_checksums,
         }
 
     def full_and_floor(self) -> tuple[int, int]:
@@ -296,6 +298,11 @@ def load_options_without_budget(function: F) -> F:
 
     decorated: Any = wrapper
     for option in (
+        _option(
+            "--verify-checksums",
+            is_flag=True,
+            help="Of an .edgert file, compare all that is read with its checksums.",
+        ),
         _option(
             "--quality-bits",
             metavar="BITS",
