@@ -106,8 +106,9 @@ def read_checksums(path: Path, values: npt.NDArray[np.uint32] | None = None) -> 
         while left > 0:
             piece = file.read(min(_READ_BYTES, left))
             crc, left = zlib.crc32(piece, crc), left - len(piece) if piece else -1
-        got = file.readinto(memoryview(values).cast("B"))  # type: ignore[attr-defined]
-    if left < 0 or got != values.nbytes or zlib.crc32(values, crc) != header.index_crc:
+        raw = values.view(np.uint8).data
+        got = file.readinto(raw)  # type: ignore[attr-defined]
+    if left < 0 or got != len(raw) or zlib.crc32(raw, crc) != header.index_crc:
         raise FormatError(
             path, "the index was changed since it was read; open it again", HEADER.size
         )

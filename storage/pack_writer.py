@@ -243,7 +243,7 @@ class PackWriter:
                         )  # fmt: skip
         finally:
             backend.close()
-        new = memoryview(self._values[begin // PAGE : end // PAGE]).cast("B")
+        new = self._values[begin // PAGE : end // PAGE].view(np.uint8).data
         _write(self._fd, new, HEADER.size + len(self._index) + 4 * (begin // PAGE))
         self._settled = end
 
