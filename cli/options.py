@@ -31,6 +31,7 @@ __all__ = [
     "Budget",
     "ModelOptions",
     "SAMPLING",
+    "checksum_option",
     "debug_options",
     "draft_option",
     "json_option",
@@ -298,11 +299,7 @@ def load_options_without_budget(function: F) -> F:
 
     decorated: Any = wrapper
     for option in (
-        _option(
-            "--verify-checksums",
-            is_flag=True,
-            help="Of an .edgert file, compare all that is read with its checksums.",
-        ),
+        checksum_option,
         _option(
             "--quality-bits",
             metavar="BITS",
@@ -348,6 +345,15 @@ def draft_option(function: F) -> F:
         metavar="FILE",
         help="A smaller model with the same vocabulary that guesses tokens, where that is faster; "
         "the same tokens either way. It is in memory as a whole, inside the same budget.",
+    )(function)
+
+
+def checksum_option(function: F) -> F:
+    """Add --verify-checksums."""
+    return _option(
+        "--verify-checksums",
+        is_flag=True,
+        help="Of an .edgert file, compare all that is read with its checksums.",
     )(function)
 
 

@@ -34,7 +34,7 @@ from edgert.errors import EdgertError, FormatError, InputError
 from edgert.storage.backend import FileBackend
 from edgert.storage.checksums import Checksums
 from edgert.storage.pack import HEADER, PAGE, VERSION, encode_header
-from edgert.storage.pack_verify import READ_BYTES, first_wrong, verify_pack
+from edgert.storage.pack_verify import first_wrong, verify_pack
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = ["PackWriter"]
@@ -65,12 +65,14 @@ class PackWriter:
         self._file_bytes = self._data_offset + data_bytes
         self._values: npt.NDArray[np.uint32] = np.zeros(data_bytes // PAGE, np.uint32)
         self._sums = Checksums(self._data_offset, PAGE, True, self._values)
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
-        self._waiting = 0  # bytes in the buffer, the last ones before `position`
+        self._buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2)]  # filled, written
+        self._waiting = 0  # bytes in the first of them, the last ones before `position`
+        self._writing: Future[None] | None = None
         self._begun = 0  # bytes of data up to the checkpoint that was begun last
         self._settled = 0  # bytes of data that were read back
         self._settling: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "edgert-settle")
+        self._writer = ThreadPoolExecutor(1, "edgert-write")
+        self._settler = ThreadPoolExecutor(1, "edgert-settle")
         stamp = b"%d" % VERSION + index + stamp
         digest = hashlib.blake2b(stamp, digest_size=HEADER.size - len(_PARTIAL))
         self._head = _PARTIAL + digest.digest()
@@ -105,7 +107,7 @@ class PackWriter:
         with self._explained():
             while len(data):
                 n = min(len(data), _BUFFER_BYTES - self._waiting)
-                self._buffer[self._waiting : self._waiting + n] = data[:n]
+                self._buffers[0][self._waiting : self._waiting + n] = data[:n]
                 self.position += n
                 self._waiting += n
                 data = data[n:]
@@ -145,7 +147,8 @@ class PackWriter:
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
-        self._thread.shutdown()
+        self._writer.shutdown()
+        self._settler.shutdown()
         fds, self._fd, self._direct = (self._fd, self._direct), -1, -1
         for fd in fds:
             if fd >= 0:
@@ -198,22 +201,30 @@ class PackWriter:
             )
 
     def _flush(self) -> None:
-        """Write what is in the buffer: whole pages, since all data is."""
+        """Begin to write what is in the buffer, and fill the other one meanwhile."""
         at = self._data_offset + self.position - self._waiting
-        with memoryview(self._buffer) as view, view[: self._waiting] as data:
+        with memoryview(self._buffers[0]) as view, view[: self._waiting] as data:
             self._sums.fill(at, data)
-            if self._direct < 0 or not _write_direct(self._direct, data, at):
-                _write(self._fd, data, at)
-                _drop(self._fd, at, len(data))  # asks for it to be written now
+        if self._writing is not None:
+            self._writing.result()
+        self._buffers.reverse()
+        self._writing = self._writer.submit(self._write, self._buffers[1], self._waiting, at)
         self._waiting = 0
         if self.position - self._begun >= _SYNC_BYTES:
             self._checkpoint()
+
+    def _write(self, buffer: mmap.mmap, nbytes: int, at: int) -> None:
+        """Write the first bytes of a buffer: whole pages, since all data is."""
+        with memoryview(buffer) as view, view[:nbytes] as data:
+            if self._direct < 0 or not _write_direct(self._direct, data, at):
+                _write(self._fd, data, at)
+                _drop(self._fd, at, nbytes)  # asks for it to be written now
 
     def _checkpoint(self) -> None:
         """Begin to make all that was written last, once what is before it does."""
         self._await()
         self._begun = self.position
-        self._settling = self._thread.submit(self._settle, self.position)
+        self._settling = self._settler.submit(self._settle, self.position, self._writing)
 
     def _await(self) -> None:
         """Wait for the checkpoint under way. Raises what went wrong with it."""
@@ -225,24 +236,23 @@ class PackWriter:
                 self.partial.unlink()
                 raise
 
-    def _settle(self, end: int) -> None:
+    def _settle(self, end: int, writing: Future[None] | None) -> None:
         """Data first, read back, then the sums that vouch for it; no page of it stays in memory."""
+        if writing is not None:
+            writing.result()
         _datasync(self._fd)
-        begin = self._settled
-        _drop(self._fd, self._data_offset + begin, end - begin)
+        begin, data = self._settled, self._data_offset
+        _drop(self._fd, data + begin, end - begin)
         backend = FileBackend([self.partial], watched=False)
         try:
-            with mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as view:
-                for at in range(begin, end, READ_BYTES):
-                    with view[: min(READ_BYTES, end - at)] as room:
-                        wrong = first_wrong(backend, self._data_offset + at, room, self._sums)
-                    if wrong is not None:
-                        raise FormatError(
-                            self.partial, "what was read back is not what was written; the disk "
-                            "or its cable is failing", wrong
-                        )  # fmt: skip
+            wrong = first_wrong(backend, self._sums, data + begin, data + end, None)
         finally:
             backend.close()
+        if wrong is not None:
+            raise FormatError(
+                self.partial, "what was read back is not what was written; the disk or its cable "
+                "is failing", wrong
+            )  # fmt: skip
         new = self._values[begin // PAGE : end // PAGE].view(np.uint8).data
         _write(self._fd, new, HEADER.size + len(self._index) + 4 * (begin // PAGE))
         self._settled = end
