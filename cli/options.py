@@ -31,6 +31,7 @@ __all__ = [
     "Budget",
     "ModelOptions",
     "SAMPLING",
+    "checksum_option",
     "debug_options",
     "draft_option",
     "json_option",
@@ -104,6 +105,7 @@ class ModelOptions:
     kv_cache_type: str = "f16"
     quality_bits: int | str | None = None
     draft_model: Path | None = None
+    verify_checksums: bool = False
 
     @property
     def path(self) -> Path:
@@ -126,6 +128,7 @@ class ModelOptions:
             "threads": self.threads,
             "kv_cache_type": self.kv_cache_type,
             "quality_bits": self.quality_bits,
+            "verify_checksums": self.verify_checksums,
         }
 
     def full_and_floor(self) -> tuple[int, int]:
@@ -296,6 +299,7 @@ def load_options_without_budget(function: F) -> F:
 
     decorated: Any = wrapper
     for option in (
+        checksum_option,
         _option(
             "--quality-bits",
             metavar="BITS",
@@ -341,6 +345,15 @@ def draft_option(function: F) -> F:
         metavar="FILE",
         help="A smaller model with the same vocabulary that guesses tokens, where that is faster; "
         "the same tokens either way. It is in memory as a whole, inside the same budget.",
+    )(function)
+
+
+def checksum_option(function: F) -> F:
+    """Add --verify-checksums."""
+    return _option(
+        "--verify-checksums",
+        is_flag=True,
+        help="Of an .edgert file, compare all that is read with its checksums.",
     )(function)
 
 

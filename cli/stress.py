@@ -15,7 +15,13 @@ import click
 
 import edgert
 from edgert import InputError
-from edgert.cli.options import debug_options, json_option, parse_budget, without_learning
+from edgert.cli.options import (
+    checksum_option,
+    debug_options,
+    json_option,
+    parse_budget,
+    without_learning,
+)
 from edgert.cli.report import require_matplotlib
 from edgert.cli.stress_faults import FAULTS
 
@@ -158,6 +164,7 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
     "--speculate", is_flag=True,
     help="Let runs guess tokens, as edgert run does; what they are compared with does not.",
 )  # fmt: skip
+@checksum_option
 @click.option("--live", is_flag=True, help="Change the budget while generating: 50 % and back.")
 @click.option(
     "--engines", type=click.IntRange(1, 16), default=1, show_default=True,

@@ -40,6 +40,7 @@ class Sweep:
     engines: int = 1
     seed: int = 0
     speculate: bool = False
+    verify_checksums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Case:
     temperature: float = 0.0
     seed: int = 0
     speculate: bool = False  # guess tokens; what it is compared with never does
+    verify_checksums: bool = False
 
     @property
     def text(self) -> tuple[object, ...]:
@@ -91,6 +93,7 @@ class Case:
         parts += [self.kv_cache_type] if self.kv_cache_type != "f16" else []
         parts += [f"temp {self.temperature:g}"] if self.temperature else []
         parts += ["guessing"] if self.speculate else []
+        parts += ["verified"] if self.verify_checksums else []
         if self.fault:
             parts.append(self.fault + (f"@{self.fault_number}" if "eio" in self.fault else ""))
         parts += ["live"] if self.live else []
@@ -113,7 +116,9 @@ def all_cases(sweep: Sweep) -> list[Case]:
         length = min(context or _enough(prompt + sweep.max_tokens), _trained_context(model))
         if prompt >= length:
             continue
-        full, floor = _full_and_floor(model, length, threads or None, kv_type)
+        full, floor = _full_and_floor(
+            model, length, threads or None, kv_type, sweep.verify_checksums
+        )
         floor *= sweep.engines
         nbytes = budget.resolve(full)
         raised = budget.percent is not None and nbytes < floor
@@ -124,6 +129,7 @@ def all_cases(sweep: Sweep) -> list[Case]:
                 threads or None, kv_type, sweep.max_tokens, sweep.disk_rate, fault,
                 _failing_read(number), tuple(int(nbytes * share) for share in _LIVE)
                 if sweep.live else (), sweep.engines, heat, sweep.seed, sweep.speculate,
+                sweep.verify_checksums,
             )
         )  # fmt: skip
     if not found:
@@ -165,10 +171,12 @@ def with_references(cases: Sequence[Case]) -> list[Case]:
 
 
 def _resident(case: Case) -> Case:
-    full, _ = _full_and_floor(case.model, case.context_length, case.threads, case.kv_cache_type)
+    full, _ = _full_and_floor(
+        case.model, case.context_length, case.threads, case.kv_cache_type, False
+    )
     return replace(
         case, asked="100%", budget_bytes=full, raised=False, resident=True, disk_rate=0, fault="",
-        live=(), engines=1, speculate=False,
+        live=(), engines=1, speculate=False, verify_checksums=False,
     )  # fmt: skip
 
 
@@ -191,6 +199,9 @@ def _trained_context(model: Path) -> int:
 
 @cache
 def _full_and_floor(
-    model: Path, context: int, threads: int | None, kv_cache_type: str
+    model: Path, context: int, threads: int | None, kv_cache_type: str, verify_checksums: bool
 ) -> tuple[int, int]:
-    return ModelOptions(model, None, context, threads, kv_cache_type).full_and_floor()
+    options = ModelOptions(
+        model, None, context, threads, kv_cache_type, verify_checksums=verify_checksums
+    )
+    return options.full_and_floor()

@@ -183,6 +183,7 @@ class Task(NamedTuple):
     context_length: int
     threads: int | None
     kv_cache_type: str
+    verify_checksums: bool
     prompt_tokens: int
     max_tokens: int
     live: tuple[int, ...]
@@ -200,6 +201,7 @@ def _command(case: Case) -> list[str]:
         context_length=case.context_length,
         threads=case.threads,
         kv_cache_type=case.kv_cache_type,
+        verify_checksums=case.verify_checksums,
         prompt_tokens=case.prompt_tokens,
         max_tokens=case.max_tokens,
         live=case.live,

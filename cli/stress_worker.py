@@ -119,6 +119,7 @@ def _run(task: dict[str, Any], faults: Faults | None) -> dict[str, Any]:
                 context_length=task["context_length"],
                 threads=task["threads"],
                 kv_cache_type=task["kv_cache_type"],
+                verify_checksums=task["verify_checksums"],
             )
             engines.append(engine)
         if faults is not None:

@@ -90,6 +90,7 @@ class LoadOptions:
     kv_cache_type: str = "f16"
     prefill_tokens: int | None = None  # tokens computed together while reading the prompt
     quality_bits: int | str | None = None  # top ones, of a nested pack: lossy; "auto": what fits
+    verify_checksums: bool = False  # of a pack: compare all that is read
 
     def __post_init__(self) -> None:
         _check_budget(self.memory_budget)

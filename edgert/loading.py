@@ -28,6 +28,7 @@ from edgert.opening import Opened
 from edgert.plan import Plan, PlanOptions, plan_memory
 from edgert.plan_parts import Need
 from edgert.storage.arena import absent_bytes
+from edgert.storage.checksums import checksum_bytes
 from edgert.units import MIB
 
 __all__ = ["at_quality", "known_experts", "make_plan", "planner", "process_bytes"]
@@ -74,6 +75,7 @@ def planner(
     """A function from a budget in bytes to the plan for these options; keeps what it measures."""
     chances = None if known is None else known.chances
     needs: dict[int, Need] = {}
+    checksums = checksum_bytes(opened.path) if options.verify_checksums else 0
 
     def plan_for(budget: int) -> Plan:
         wanted = PlanOptions(
@@ -82,6 +84,7 @@ def planner(
             context_length=options.context_length,
             prefill_tokens=options.prefill_tokens,
             kv_cache_type=options.kv_cache_type,
+            checksum_bytes=checksums,
         )
         try:
             return plan_memory(

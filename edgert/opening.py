@@ -19,6 +19,7 @@ from edgert.kernels_cpu.cache import cache_root, writable
 from edgert.models.spec import ModelSpec, spec_from_manifest
 from edgert.models.tensors import TensorNeed, check_tensors
 from edgert.quant.formats import QuantFormat
+from edgert.storage.checksums import checksum_bytes
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
 from edgert.storage.model_file import read_magic
@@ -26,6 +27,7 @@ from edgert.storage.pack import MAGIC, read_pack
 from edgert.units import parse_bytes
 
 if TYPE_CHECKING:
+    from edgert.draft_model import DraftModel
     from edgert.engine import Engine
     from edgert.plan import Plan
     from edgert.storage.backend import Backend
@@ -110,6 +112,7 @@ def load(
     kv_cache_type: str = "f16",
     prefill_tokens: int | None = None,
     quality_bits: int | str | None = None,
+    verify_checksums: bool = False,
     draft_model: str | Path | None = None,
     on_progress: Progress | None = None,
     backend: Callable[[Sequence[Path]], Backend] | None = None,
@@ -123,19 +126,23 @@ def load(
     by default the cores this process may use; `kv_cache_type`: "f16" or "f32"; `prefill_tokens`:
     most tokens of one pass. None lets the plan choose. `quality_bits`: use only these top bits of
     the matrices of a nested pack, which is lossy; "auto" takes as many as fit without streaming,
-    all 8 where they do. `draft_model`: a smaller model with the same vocabulary, whose guesses this
-    one verifies; inside the same budget, in memory as a whole. `on_progress(what, done, to_do)` is
-    called while compiling and loading.
-    `backend` opens the files: another one than `FileBackend` serves tests and embedders.
-    `timeline` records what the engine does.
+    all 8 where they do. `verify_checksums`: compare all that is ever read of a pack with its
+    checksums; what does not match ends the loading or the pass with a `FormatError` that names the
+    tensor. `draft_model`: a smaller model with the same vocabulary, whose guesses this one verifies
+    (so its file is not); inside the same budget, in memory as a whole. `on_progress(what, done,
+    to_do)` is called while compiling and loading. `backend` opens the files: another one than
+    `FileBackend` serves tests and embedders. `timeline` records what the engine does.
 
     Raises `BudgetError` before any weight is read, `ModelError`, `UnsupportedError`, `InputError`,
     `StorageError`.
     """
     options = LoadOptions(
-        memory_budget, context_length, threads, kv_cache_type, prefill_tokens, quality_bits
-    )
+        memory_budget, context_length, threads, kv_cache_type, prefill_tokens, quality_bits,
+        verify_checksums,
+    )  # fmt: skip
     opened = open_model(path)
+    if verify_checksums:
+        checksum_bytes(opened.path)  # raises where there are none
     wanted = opened.kernel_set(kv_cache_type)
     for name, done, total in compile_apart(wanted, _bytes_of(memory_budget)):
         if on_progress:
@@ -147,12 +154,7 @@ def load(
     from edgert.storage.backend import FileBackend
     from edgert.tokenizer import Tokenizer
 
-    draft = None
-    if draft_model is not None:
-        from edgert.draft_model import open_draft_model
-
-        budget = _bytes_of(memory_budget)
-        draft = open_draft_model(draft_model, opened, budget, threads, context_length)
+    draft = _open_draft(draft_model, opened, options)
     try:
         tokenizer = Tokenizer.from_manifest(opened.manifest.metadata)
         opened = opened.without_vocabulary()
@@ -171,6 +173,16 @@ def load(
         if draft is not None:
             draft.close()
         raise
+
+
+def _open_draft(path: str | Path | None, model: Opened, options: LoadOptions) -> DraftModel | None:
+    """The draft model, if there is one, open."""
+    from edgert.draft_model import open_draft_model
+
+    if path is None:
+        return None
+    budget = _bytes_of(options.memory_budget)
+    return open_draft_model(path, model, budget, options.threads, options.context_length)
 
 
 def _bytes_of(budget: int | str | None) -> int | None:

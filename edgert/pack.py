@@ -31,15 +31,7 @@ from edgert.quant.quantize import quantize_ref
 from edgert.storage.backend import FileBackend
 from edgert.storage.gguf import metadata_bytes
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
-from edgert.storage.pack import (
-    MAGIC,
-    MIXED_VERSION,
-    PAGE,
-    PART,
-    VERSION,
-    encode_index,
-    part_bytes,
-)
+from edgert.storage.pack import MAGIC, PAGE, PART, encode_index, part_bytes
 from edgert.storage.pack_writer import PackWriter, data_offset_of
 from edgert.units import align_up
 
@@ -105,8 +97,7 @@ def pack_model(
     index = encode_index(n_keys, metadata, [_moved(entry, start) for entry in placed])
     stamp = repr([(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in manifest.files)])
     stamp += " ".join(f"{name} {values.tobytes().hex()}" for name, values in importance.items())
-    version = MIXED_VERSION if any(entry.matrices for entry in placed) else VERSION
-    with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode(), version) as writer:
+    with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
             requantise = partial(_requantised, refine=refine, importance=importance)

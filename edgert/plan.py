@@ -128,9 +128,10 @@ def plan_memory(
         for shape in _suited(_SHAPES, profile, manifest)
     ]
     needs = {} if needs is None else needs
-    layout = _Layout(spec, manifest, options, process_bytes, needs, chances)
+    given = process_bytes + options.checksum_bytes
+    layout = _Layout(spec, manifest, options, given, needs, chances)
     nothing = replace(options, budget_bytes=0)
-    smallest = _Layout(spec, manifest, nothing, process_bytes, needs)
+    smallest = _Layout(spec, manifest, nothing, given, needs)
     full = layout.plan(contexts[0], shapes[0], everything=True)
     frugal = min(
         smallest.plan(contexts[-1], shapes[-1]),
@@ -182,7 +183,7 @@ def _choose(
     out every candidate of an 8B model took 5 to 6 s.)
     """
     budget = layout.options.budget_bytes
-    room = budget - layout.process_bytes
+    room = budget - layout.given_bytes
     widths = sorted(layout.need(shapes[0].tile_bytes).bases, reverse=True)
     for everything, bits in ((True, 0), *((False, bits) for bits in (*widths, 0))):
         for context in contexts:
@@ -222,14 +223,14 @@ class _Layout:
         spec: ModelSpec,
         manifest: Manifest,
         options: PlanOptions,
-        process_bytes: int,
+        given_bytes: int,
         needs: dict[int, Need],
         chances: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.spec = spec
         self.manifest = manifest
         self.options = options
-        self.process_bytes = process_bytes
+        self.given_bytes = given_bytes  # the process and checksums
         self._needs = needs
         self._chances = chances
 
@@ -245,7 +246,7 @@ class _Layout:
         need = self.need(shape.tile_bytes)
         sizes = measure(need, context, shape.tokens)
         reading = shape.readers * need.staging_bytes + need.row_bytes
-        fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
+        fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + reading
         slots = need.expert_count if everything else min(need.expert_count, need.experts_per_token)
         fixed += need.slots_bytes(slots) + (need.embedding_bytes if everything else 0)
@@ -302,14 +303,14 @@ class _Layout:
         need = self.need(shape.tile_bytes)
         sizes = measure(need, context, shape.tokens)
         reading = shape.readers * need.staging_bytes
-        fixed = self.process_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
+        fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + need.row_bytes + reading
         if everything:
             kept = Kept(tuple(True for _ in need.tiles), None, 0, need.expert_count, True)
         else:
             room = self.options.budget_bytes - fixed
             kept = _keep(need, room, shape.slots, reading, keep_dense)
-        return _plan(need, self.options, self.process_bytes, shape, sizes, context, kept)
+        return _plan(need, self.options, self.given_bytes, shape, sizes, context, kept)
 
 
 def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> Kept:
@@ -337,7 +338,7 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
 def _plan(
     need: Need,
     options: PlanOptions,
-    process_bytes: int,
+    given_bytes: int,
     shape: Shape,
     sizes: Sizes,
     context: int,
@@ -352,8 +353,10 @@ def _plan(
     slots, slot_bytes = ring_of(window, need, tiles)
     experts = need.slots_bytes(kept.expert_slots)
     embedding = need.embedding_bytes if kept.embedding else 0
+    process, sums = given_bytes - options.checksum_bytes, options.checksum_bytes
     regions = (
-        Region("process", process_bytes, "interpreter, libraries, compiled kernels, tokenizer"),
+        Region("process", process, "interpreter, libraries, compiled kernels, tokenizer"),
+        Region("checksums", sums, "one for each page of the file"),
         Region("KV cache", sizes.kv_bytes, sizes.kv_why),
         Region("activations", sizes.activation_bytes, f"one pass of {shape.tokens} tokens"),
         Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),

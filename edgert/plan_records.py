@@ -24,6 +24,7 @@ class PlanOptions:
     context_length: int | None = None
     prefill_tokens: int | None = None
     kv_cache_type: str = "f16"
+    checksum_bytes: int = 0  # of a pack whose reads are compared with them
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
 from edgert.storage.arena import Arena
 from edgert.storage.backend import Backend, aligned_range
+from edgert.storage.checksums import CheckedBackend
 from edgert.storage.device import measure_read_rate
 from edgert.storage.expert_policy import policy_for
 from edgert.storage.expert_streamer import ExpertStreamer
@@ -60,7 +61,6 @@ class Weights:
         span: Span = no_span,
     ) -> None:
         """`rooms`: addresses to keep so that `resize` can follow other plans."""
-        self._backend = backend
         self._span = span
         self._manifest = manifest
         self._need = need
@@ -72,6 +72,7 @@ class Weights:
         self._busy_ns = 0  # of streamers that were replaced
         self.streamer: Streamer | None = None
         self.experts: ExpertStreamer | None = None
+        self._backend = backend
         sizes = elastic_bytes(plan)
         spaces = {
             name: arena.take(name, nbytes, _PAGE, room=getattr(rooms, name) if rooms else nbytes)
@@ -91,6 +92,9 @@ class Weights:
         row_bytes = entry.format.row_bytes(entry.shape[1])
         self._row = arena.take("token row", align_up(row_bytes + 2 * _PAGE, _PAGE), _PAGE)
         self._vector_space = arena.take("vectors", need.vector_bytes, 64)
+        checksums = arena.take("checksums", plan.region("checksums").nbytes)
+        if checksums.nbytes:
+            self._backend = CheckedBackend(backend, manifest, checksums.view(np.uint32))
         self._tiles = TileMemory(manifest, plan, spaces["resident"], span)
 
     # ---- opening -------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from edgert.storage.model_file import open_model_file
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = [
-    "CHUNK_BYTES", "HEADER", "MAGIC", "MIXED_VERSION", "PAGE", "PARTS_MAX", "VERSION",
+    "HEADER", "MAGIC", "PAGE", "PARTS_MAX", "VERSION",
     "PackHeader", "encode_header", "encode_index", "part_bytes", "read_header", "read_pack",
     "tiles_bytes", "type_id_of",
 ]  # fmt: skip
@@ -40,17 +40,18 @@ __all__ = [
 # change is noticed.
 MAGIC = b"\x89EDGERT\n"
 BYTE_ORDER = 0x0A0B0C0D
-VERSION = 1
-MIXED_VERSION = 2  # of a file with mixed stacks, which is otherwise the same
-PAGE = 4096  # tensors and records begin at multiples of it
+VERSION = 2
+OLD_CHUNK_BYTES = MIB  # of data for each checksum in version 1, which is read but not written
+PAGE = 4096  # tensors and records begin at multiples of it; of data for each checksum
 PART = 64  # gate, up and down of a record do at multiples of this
-CHUNK_BYTES = MIB  # of data for each checksum
 # By their number in the file.
 LAYOUTS: tuple[Literal["rows", "tiles", "nested", "mixed"], ...] = (
     "rows", "tiles", "nested", "mixed",
 )  # fmt: skip
 PARTS_MAX = 4
 PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
+
+_SUM_STEPS = {1: OLD_CHUNK_BYTES, VERSION: PAGE}  # by version
 
 HEADER = Struct("<8sIIQQQIIIQI")
 _SUM = Struct("<I")
@@ -69,16 +70,21 @@ _GROWTH = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}
 class PackHeader:
     """What the first 64 bytes say, checked against the file."""
 
+    version: int
     file_bytes: int
     index_bytes: int
     data_offset: int
     index_crc: int
-    version: int
 
     @property
-    def n_chunks(self) -> int:
+    def sum_step(self) -> int:
+        """Bytes of data for each checksum; the last may have fewer."""
+        return _SUM_STEPS[self.version]
+
+    @property
+    def n_sums(self) -> int:
         """Number of checksums of the data."""
-        return -(-(self.file_bytes - self.data_offset) // CHUNK_BYTES)
+        return -(-(self.file_bytes - self.data_offset) // self.sum_step)
 
 
 def type_id_of(fmt: QuantFormat) -> int:
@@ -107,10 +113,10 @@ def part_bytes(fmt: QuantFormat, bits: int, is_first: bool, rows: int, columns: 
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def encode_header(file_bytes: int, index: bytes, data_offset: int, version: int = VERSION) -> bytes:
+def encode_header(file_bytes: int, index: bytes, data_offset: int) -> bytes:
     """The 64 bytes of the header. `index`: all of it, checksums of the data included."""
     fields = (
-        MAGIC, BYTE_ORDER, version, file_bytes, len(index), data_offset, CHUNK_BYTES,
+        MAGIC, BYTE_ORDER, VERSION, file_bytes, len(index), data_offset, PAGE,
         zlib.crc32(index), 0, 0,
     )  # fmt: skip
     raw = HEADER.pack(*fields, 0)[:-4]
@@ -169,12 +175,12 @@ def read_pack(path: str | Path) -> Manifest:
             raise FormatError(
                 path, "the index does not match its checksum; copy or pack it again", HEADER.size
             )
-        index = HeaderReader(file, path, end, HEADER.size)
+        index = HeaderReader(file, path, end - 4 * header.n_sums, HEADER.size)
         metadata, tensors = _read_index(index, header)
-    if index.left != 4 * header.n_chunks:
+    if index.left:
         raise index.error(
-            f"{index.left:,} bytes follow the tensor table, "
-            f"not {header.n_chunks:,} checksums of 4 bytes"
+            f"{index.left:,} bytes lie between the tensor table and "
+            f"{header.n_sums:,} checksums of 4 bytes"
         )
     return Manifest(
         files=(path,), file_bytes=(size,), metadata=MappingProxyType(metadata),
@@ -208,28 +214,35 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
         raise FormatError(path, "the header does not match its checksum; copy or pack it again", 0)
     if order != BYTE_ORDER:
         raise FormatError(path, f"the byte order mark is {order:#x}, not {BYTE_ORDER:#x}", 8)
-    if not VERSION <= version <= MIXED_VERSION or flags or fields[9]:
+    if version not in _SUM_STEPS or flags or fields[9]:
         raise UnsupportedError(
             f"{path} is version {version} of the .edgert format with flags {flags:#x}; this edgert "
-            f"reads versions {VERSION} and {MIXED_VERSION} without flags, so pack the model again "
-            "or update edgert"
+            f"reads versions 1 to {VERSION} without flags; pack the model again or update edgert"
         )
-    if chunk != CHUNK_BYTES:
-        raise FormatError(path, f"checksums cover {chunk:,} bytes each, not {CHUNK_BYTES:,}", 40)
+    step = _SUM_STEPS[version]
+    if chunk != step:
+        raise FormatError(path, f"checksums cover {chunk:,} bytes each, not {step:,}", 40)
     if file_bytes != size:
         raise FormatError(
             path, f"the file is {size:,} bytes long, not {file_bytes:,}; copy or pack it again", 16
         )
     end = HEADER.size + index_bytes
-    if end > HEADER_MAX:
-        raise FormatError(path, f"the index is longer than {format_bytes(HEADER_MAX)}", 24)
     if end > size or data_offset != align_up(end, PAGE) or data_offset > size:
         raise FormatError(
             path, f"an index up to byte {end:,} and data from {data_offset:,} of {size:,}", 24
         )
     if size % PAGE:
         raise FormatError(path, f"{size:,} bytes are no multiple of {PAGE:,}", 16)
-    return PackHeader(file_bytes, index_bytes, data_offset, index_crc, version)
+    header = PackHeader(version, file_bytes, index_bytes, data_offset, index_crc)
+    rest = index_bytes - 4 * header.n_sums
+    if not 0 <= rest <= HEADER_MAX - HEADER.size:
+        raise FormatError(
+            path,
+            f"the index has {rest:,} bytes beside its checksums; the most is "
+            f"{format_bytes(HEADER_MAX)}",
+            24,
+        )
+    return header
 
 
 def _read_index(
@@ -248,10 +261,6 @@ def _read_index(
             raise reader.error(f"tensor {entry.name!r} appears twice", at)
         tensors[entry.name] = entry
     _check_extents(reader.path, header, tensors)
-    mixed = next((name for name, entry in tensors.items() if entry.matrices), None)
-    if (mixed is not None) != (header.version == MIXED_VERSION):
-        what = "no tensor is mixed" if mixed is None else f"tensor {mixed!r} is mixed"
-        raise reader.error(f"{what} in a file of version {header.version}", 12)
     return metadata, tensors
 
 

@@ -10,7 +10,7 @@ The partial file lies beside the output under its name with `.partial`. It has t
 map, but begins with another magic and a digest of what is being packed, so that nothing opens it.
 Every 64 MiB a thread puts the data on the disk, reads it back past the page cache and compares it,
 and only then writes the checksums that say so, while the next 64 MiB are written. A second run
-reads the data back too and continues behind the last chunk that matches: what an interrupted run
+reads the data back too and continues behind the last page that matches: what an interrupted run
 leaves is never trusted, only checked.
 """
 
@@ -22,16 +22,19 @@ import hashlib
 import mmap
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
+
 from edgert.errors import EdgertError, FormatError, InputError
 from edgert.storage.backend import FileBackend
-from edgert.storage.pack import CHUNK_BYTES, HEADER, PAGE, VERSION, encode_header
-from edgert.storage.pack_verify import READ_BYTES, first_wrong, verify_pack
+from edgert.storage.checksums import Checksums
+from edgert.storage.pack import HEADER, PAGE, VERSION, encode_header
+from edgert.storage.pack_verify import first_wrong, verify_pack
 from edgert.units import MIB, align_up, format_bytes
 
 __all__ = ["PackWriter"]
@@ -52,27 +55,26 @@ class PackWriter:
     Raises `InputError` when the output cannot be made, `EdgertError` when the disk is full.
     """
 
-    def __init__(
-        self, out: Path, index: bytes, data_bytes: int, stamp: bytes, version: int = VERSION
-    ) -> None:
+    def __init__(self, out: Path, index: bytes, data_bytes: int, stamp: bytes) -> None:
         assert data_bytes % PAGE == 0, data_bytes
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.position = 0  # bytes of data in place
         self._index = index
-        self._version = version
-        self._n_chunks = -(-data_bytes // CHUNK_BYTES)
         self._data_offset = data_offset_of(len(index), data_bytes)
         self._file_bytes = self._data_offset + data_bytes
-        self._sums = bytearray()
-        self._crc = 0  # of the chunk under way
-        self._buffer = mmap.mmap(-1, _BUFFER_BYTES)
-        self._waiting = 0  # bytes in the buffer, the last ones before `position`
+        self._values: npt.NDArray[np.uint32] = np.zeros(data_bytes // PAGE, np.uint32)
+        self._sums = Checksums(self._data_offset, PAGE, True, self._values)
+        self._buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2)]  # filled, written
+        self._waiting = 0  # bytes in the first of them, the last ones before `position`
+        self._writing: Future[None] | None = None
         self._begun = 0  # bytes of data up to the checkpoint that was begun last
-        self._settled = 0  # chunks that were read back
+        self._settled = 0  # bytes of data that were read back
         self._settling: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "edgert-settle")
-        digest = hashlib.blake2b(index + stamp, digest_size=HEADER.size - len(_PARTIAL))
+        self._writer = ThreadPoolExecutor(1, "edgert-write")
+        self._settler = ThreadPoolExecutor(1, "edgert-settle")
+        stamp = b"%d" % VERSION + index + stamp
+        digest = hashlib.blake2b(stamp, digest_size=HEADER.size - len(_PARTIAL))
         self._head = _PARTIAL + digest.digest()
         self._fd = self._direct = -1
         try:
@@ -105,8 +107,8 @@ class PackWriter:
         with self._explained():
             while len(data):
                 n = min(len(data), _BUFFER_BYTES - self._waiting)
-                self._buffer[self._waiting : self._waiting + n] = data[:n]
-                self._sum(data[:n])
+                self._buffers[0][self._waiting : self._waiting + n] = data[:n]
+                self.position += n
                 self._waiting += n
                 data = data[n:]
                 if self._waiting == _BUFFER_BYTES:
@@ -123,9 +125,7 @@ class PackWriter:
             self._flush()
             self._checkpoint()
             self._await()
-        if self.position % CHUNK_BYTES:
-            self._sums += self._crc.to_bytes(4, "little")
-        index = self._index + bytes(self._sums)
+        index = self._index + self._values.tobytes()
         with self._explained():
             gap = bytes(self._data_offset - HEADER.size - len(index))
             _write(self._fd, memoryview(index + gap), HEADER.size)
@@ -147,14 +147,15 @@ class PackWriter:
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""
-        self._thread.shutdown()
+        self._writer.shutdown()
+        self._settler.shutdown()
         fds, self._fd, self._direct = (self._fd, self._direct), -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
 
-    def _sizes(self, index: bytes) -> tuple[int, bytes, int, int]:
-        return self._file_bytes, index, self._data_offset, self._version
+    def _sizes(self, index: bytes) -> tuple[int, bytes, int]:
+        return self._file_bytes, index, self._data_offset
 
     def _lock(self) -> None:
         """Keep a second writer out, where the system can."""
@@ -168,19 +169,19 @@ class PackWriter:
 
     def _resume(self) -> None:
         """Continue behind the chunks that are there and match their sums, or begin."""
-        table = HEADER.size + len(self._index)
         if os.pread(self._fd, HEADER.size, 0) == self._head:
-            sums = os.pread(self._fd, 4 * self._n_chunks, table)
-            for i in range(len(sums) // 4):
-                at = self._data_offset + i * CHUNK_BYTES
-                chunk = os.pread(self._fd, CHUNK_BYTES, at)
-                _drop(self._fd, at, CHUNK_BYTES)
-                wanted = sums[4 * i : 4 * i + 4]
-                full = len(chunk) == CHUNK_BYTES
-                if not full or zlib.crc32(chunk).to_bytes(4, "little") != wanted:
+            found = os.pread(self._fd, self._values.nbytes, HEADER.size + len(self._index))
+            found = found[: len(found) // 4 * 4]
+            self._values[: len(found) // 4] = np.frombuffer(found, np.uint32)
+            for at in range(self._data_offset, self._file_bytes, MIB):
+                data = memoryview(os.pread(self._fd, min(MIB, self._file_bytes - at), at))
+                _drop(self._fd, at, MIB)
+                if len(data) % PAGE or not data:  # cut short: begin again here
                     break
-                self._sums += wanted
-                self.position += CHUNK_BYTES
+                wrong = self._sums.first_wrong(at, data)
+                self.position = (at + len(data) if wrong is None else wrong) - self._data_offset
+                if wrong is not None:
+                    break
         self._begun = self.position
         if not self.position:
             os.ftruncate(self._fd, 0)
@@ -199,32 +200,31 @@ class PackWriter:
                 f"{format_bytes(free)} free; make room or choose another folder with -o"
             )
 
-    def _sum(self, data: memoryview) -> None:
-        while len(data):
-            n = min(len(data), CHUNK_BYTES - self.position % CHUNK_BYTES)
-            self._crc = zlib.crc32(data[:n], self._crc)
-            self.position += n
-            data = data[n:]
-            if self.position % CHUNK_BYTES == 0:
-                self._sums += self._crc.to_bytes(4, "little")
-                self._crc = 0
-
     def _flush(self) -> None:
-        """Write what is in the buffer: whole pages, since all data is."""
+        """Begin to write what is in the buffer, and fill the other one meanwhile."""
         at = self._data_offset + self.position - self._waiting
-        with memoryview(self._buffer) as view, view[: self._waiting] as data:
-            if self._direct < 0 or not _write_direct(self._direct, data, at):
-                _write(self._fd, data, at)
-                _drop(self._fd, at, len(data))  # asks for it to be written now
+        with memoryview(self._buffers[0]) as view, view[: self._waiting] as data:
+            self._sums.fill(at, data)
+        if self._writing is not None:
+            self._writing.result()
+        self._buffers.reverse()
+        self._writing = self._writer.submit(self._write, self._buffers[1], self._waiting, at)
         self._waiting = 0
         if self.position - self._begun >= _SYNC_BYTES:
             self._checkpoint()
 
+    def _write(self, buffer: mmap.mmap, nbytes: int, at: int) -> None:
+        """Write the first bytes of a buffer: whole pages, since all data is."""
+        with memoryview(buffer) as view, view[:nbytes] as data:
+            if self._direct < 0 or not _write_direct(self._direct, data, at):
+                _write(self._fd, data, at)
+                _drop(self._fd, at, nbytes)  # asks for it to be written now
+
     def _checkpoint(self) -> None:
-        """Begin to make all whole chunks last, once those before them do."""
+        """Begin to make all that was written last, once what is before it does."""
         self._await()
         self._begun = self.position
-        self._settling = self._thread.submit(self._settle, self.position, bytes(self._sums))
+        self._settling = self._settler.submit(self._settle, self.position, self._writing)
 
     def _await(self) -> None:
         """Wait for the checkpoint under way. Raises what went wrong with it."""
@@ -236,30 +236,26 @@ class PackWriter:
                 self.partial.unlink()
                 raise
 
-    def _settle(self, end: int, sums: bytes) -> None:
+    def _settle(self, end: int, writing: Future[None] | None) -> None:
         """Data first, read back, then the sums that vouch for it; no page of it stays in memory."""
+        if writing is not None:
+            writing.result()
         _datasync(self._fd)
-        begin = self._settled * CHUNK_BYTES
-        _drop(self._fd, self._data_offset + begin, end - begin)
-        wanted, count = memoryview(sums).cast("I"), len(sums) // 4
+        begin, data = self._settled, self._data_offset
+        _drop(self._fd, data + begin, end - begin)
         backend = FileBackend([self.partial], watched=False)
         try:
-            with mmap.mmap(-1, READ_BYTES) as buffer, memoryview(buffer) as view:
-                step = READ_BYTES // CHUNK_BYTES
-                for first in range(self._settled, count, step):
-                    room = view[: min(step, count - first) * CHUNK_BYTES]
-                    at = self._data_offset + first * CHUNK_BYTES
-                    wrong = first_wrong(backend, at, room, wanted[first:])
-                    room.release()
-                    if wrong is not None:
-                        raise FormatError(
-                            self.partial, "what was read back is not what was written; the disk "
-                            "or its cable is failing", wrong
-                        )  # fmt: skip
+            wrong = first_wrong(backend, self._sums, data + begin, data + end, None)
         finally:
             backend.close()
-        _write(self._fd, memoryview(sums), HEADER.size + len(self._index))
-        self._settled = count
+        if wrong is not None:
+            raise FormatError(
+                self.partial, "what was read back is not what was written; the disk or its cable "
+                "is failing", wrong
+            )  # fmt: skip
+        new = self._values[begin // PAGE : end // PAGE].view(np.uint8).data
+        _write(self._fd, new, HEADER.size + len(self._index) + 4 * (begin // PAGE))
+        self._settled = end
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -278,7 +274,7 @@ class PackWriter:
 
 def data_offset_of(index_bytes: int, data_bytes: int) -> int:
     """Where the data begins behind an index of `index_bytes` without its checksums."""
-    return align_up(HEADER.size + index_bytes + 4 * -(-data_bytes // CHUNK_BYTES), PAGE)
+    return align_up(HEADER.size + index_bytes + 4 * (data_bytes // PAGE), PAGE)
 
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

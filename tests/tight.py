@@ -54,7 +54,8 @@ def tight(
 ) -> edgert.Engine:
     """An engine with `spare` bytes more than it cannot do without; None: all it can use."""
     options = {"threads": 2, "context_length": 256} | options
-    budget = 2**62 if spare is None else floor_of(path, **options) + spare
+    sizes = {k: v for k, v in options.items() if k != "verify_checksums"}
+    budget = 2**62 if spare is None else floor_of(path, **sizes) + spare
     with fixed_process():
         return edgert.load(
             path, memory_budget=budget, backend=backend, timeline=timeline, **options
