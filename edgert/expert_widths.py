@@ -3,17 +3,17 @@
 Owns: what the experts did with a calibration text, what each format would cost them, the choice.
 Must not know how a pack is made (pack.py) or a text is scored (evaluation.py).
 
-Gate, up and down of every single expert are chosen apart (EdgeMoE, arXiv 2308.14352, gives one width
-to each expert). What counts is how much a layer adds to the residual stream, how much of that is the
-expert's, and the columns that its own inputs are large in:
+Gate, up and down of every single expert are chosen apart (EdgeMoE, arXiv 2308.14352, gives one
+width to each expert). What counts is how much a layer adds to the residual stream, how much of that
+is the expert's, and the columns that its own inputs are large in:
 
     cost(matrix, format) = share(layer) * p_e / sum_e p_e * error^2
     error = sum_col x2[col] (w - w')^2 / sum_col x2[col] w^2
 
-p_e = sum of squares of what the router multiplied the expert's outputs by (as if used once more), x2 =
-mean squares of the matrix' inputs, share = that of what the experts add in the mean square of the
-residual stream: geometric mean of the stream behind the layer and behind the last. The error is
-squared because large ones harm out of proportion: @@
+p_e = sum of squares of what the router multiplied the expert's outputs by (as if used once more),
+x2 = mean squares of the matrix' inputs, share = that of what the experts add in the mean square of
+the residual stream: geometric mean of the stream behind the layer and behind the last. Errors are
+squared because large ones harm out of proportion (quant/README.md has the figures).
 """
 
 from __future__ import annotations
