@@ -41,7 +41,7 @@ __all__ = [
 MAGIC = b"\x89EDGERT\n"
 BYTE_ORDER = 0x0A0B0C0D
 VERSION = 1
-MIXED_VERSION = 2  # of a file with mixed stacks, which is otherwise the same
+MIXED_VERSION = 2  # of a file that may have mixed stacks, and is otherwise the same
 PAGE = 4096  # tensors and records begin at multiples of it
 PART = 64  # gate, up and down of a record do at multiples of this
 CHUNK_BYTES = MIB  # of data for each checksum
@@ -249,9 +249,8 @@ def _read_index(
         tensors[entry.name] = entry
     _check_extents(reader.path, header, tensors)
     mixed = next((name for name, entry in tensors.items() if entry.matrices), None)
-    if (mixed is not None) != (header.version == MIXED_VERSION):
-        what = "no tensor is mixed" if mixed is None else f"tensor {mixed!r} is mixed"
-        raise reader.error(f"{what} in a file of version {header.version}", 12)
+    if mixed is not None and header.version < MIXED_VERSION:
+        raise reader.error(f"tensor {mixed!r} is mixed in a file of version {header.version}", 12)
     return metadata, tensors
 
 

@@ -75,7 +75,6 @@ def refused(tmp_path: Path, data: bytes, words: str, error: type[EdgertError]) -
         ("order", 0x0D0C0B0A, "big-endian", UnsupportedError),
         ("order", 7, "byte order mark is 0x7", FormatError),
         ("version", 3, "is version 3 of the .edgert format", UnsupportedError),
-        ("version", 2, "no tensor is mixed in a file of version 2", FormatError),
         ("flags", 1, "with flags 0x1", UnsupportedError),
         ("reserved", 1, "update edgert", UnsupportedError),
         ("chunk", 4096, "cover 4,096 bytes each, not 1,048,576", FormatError),
