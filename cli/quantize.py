@@ -51,10 +51,9 @@ def quantize(
     """Give the experts of a model fewer bits, where it costs least. Lossy.
 
     A text is run through the model: every second chunk of it shows which experts are used and what
-    their inputs are. Gate, up and down of each layer then get 1 to 4 bits, or keep their own, so
-    that the weighted error is least at the size that is given; the experts of a layer share their
-    widths. Everything else keeps its bits. Perplexity before and after is measured on the other
-    chunks.
+    their inputs are. Gate, up and down of each expert then get 1 to 4 bits, or keep their own, so
+    that the weighted error is least at the size that is given. Everything else keeps its bits.
+    Perplexity before and after is measured on the other chunks.
 
     \b
     edgert quantize moe.gguf -o moe-3.2.edgert --experts-budget 3.2bpw -f text.txt

@@ -45,7 +45,8 @@ def trace(
     """Record which experts a run chooses.
 
     The file holds `layers`, `experts`, `k`, `record_bytes`, `choices` int16 [tokens, layers, k] and
-    `passes`, the number of tokens of each forward pass. The hit rate printed is the run's own, with
+    `passes`, the number of tokens of each forward pass; where experts have several sizes also
+    `record_sizes` [layers, experts]. The hit rate printed is the run's own, with
     an empty cache at its start; `edgert simulate` gives the same for its policy and slots.
 
     \b

@@ -142,14 +142,13 @@ def _row_parts(entry: TensorEntry, stride: int, start: int, size: int) -> list[R
     group = tile_bytes(entry.format, columns)
     groups = -(-rows // TILE_ROWS)
     step = TILE_ROWS * -(-groups // -(-groups * group // size))
-    tensor = "" if entry.layout == "tiles" else entry.name
     parts = []
     for row in range(0, rows, step):
         count = min(step, rows - row)
         nbytes = matrix_bytes(entry.format, count, columns)
         at = start + row // TILE_ROWS * group
         extent = entry.rows(row, row + count)
-        parts.append(RecordPart(tensor, count, at, nbytes, extent, stride))
+        parts.append(RecordPart(entry.name, count, at, nbytes, extent, stride))
     return parts
 
 

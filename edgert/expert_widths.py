@@ -3,18 +3,17 @@
 Owns: what the experts did with a calibration text, what each format would cost them, the choice.
 Must not know how a pack is made (pack.py) or a text is scored (evaluation.py).
 
-Widths are chosen layer by layer and for gate, up and down each: the experts of a layer share them,
-as a tensor of a pack has one format. (EdgeMoE, arXiv 2308.14352, gives each expert its own.) What
-counts is how much a layer adds to the residual stream, how often each expert is used, and the
-columns its inputs are large in:
+Gate, up and down of every single expert are chosen apart (EdgeMoE, arXiv 2308.14352, gives one
+width to each expert). What counts is how much a layer adds to the residual stream, how much of that
+is the expert's, and the columns that its own inputs are large in:
 
-    cost(tensor, format) = share(layer) * sum_e n_e sum_col x2[col] (w - w')^2
-                                        / sum_e n_e sum_col x2[col] w^2
+    cost(matrix, format) = share(layer) * p_e / sum_e p_e * error^2
+    error = sum_col x2[col] (w - w')^2 / sum_col x2[col] w^2
 
-n_e = uses of expert e and one, x2 = mean square of the tensor's input, share = that of what the
-experts add in the mean square of the residual stream: geometric mean of the stream behind the layer
-and behind the last. On the bundled model (experts at 2.75 bits, perplexity of 8,160 tokens of
-TinyStories, 6.99 in Q8_0) that gave 7.30, the first alone 7.38, the second 7.53, neither 7.42.
+p_e = sum of squares of what the router multiplied the expert's outputs by (as if used once more),
+x2 = mean squares of the matrix' inputs, share = that of what the experts add in the mean square of
+the residual stream: geometric mean of the stream behind the layer and behind the last. Errors are
+squared because large ones harm out of proportion (quant/README.md has the figures).
 """
 
 from __future__ import annotations

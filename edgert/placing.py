@@ -33,7 +33,7 @@ def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Byt
     if entry.layout == "nested":
         n_blocks, parts = _blocks(entry, n_rows), _parts(entry, 0, raw)
         _put_together(n_blocks, parts, tiles_of(entry.format, out))
-    elif entry.layout == "tiles":
+    elif entry.layout != "rows":
         out[:] = raw[0]
     else:
         repack(entry.format, raw[0], n_rows, entry.shape[-1], out)

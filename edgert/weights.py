@@ -202,8 +202,8 @@ class Weights:
                 self._backend,
                 lambda layer, expert: records[layer].extents(expert),
                 shape, self._slots_of(plan), self._staging, self._place_expert,
-                policy_for("auto", shape, spec.num_experts_per_tok), self._need.record_bytes,
-                self._expert_room,
+                policy_for("auto", shape, spec.num_experts_per_tok),
+                record_bytes=self._need.record_bytes, room=self._expert_room,
             )  # fmt: skip
 
     def _dense_streamer(self, plan: Plan) -> Streamer | None:
