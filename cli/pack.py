@@ -68,9 +68,10 @@ def pack(
     share = nbytes / sum(edgert.read_manifest(source).file_bytes)
     if nested:
         note(nested_text(manifest))
+    seconds = time.perf_counter() - begin
     note(
         f"{out}: {format_bytes(nbytes)}, {100 * share:.0f} % of the source, written and verified "
-        f"in {time.perf_counter() - begin:.1f} s"
+        f"in {seconds:.1f} s ({nbytes / seconds / 1e6:.0f} MB/s)"
     )
 
 
