@@ -73,14 +73,20 @@ def test_a_pass_of_one_is_timed_first() -> None:
 def test_a_pass_over_a_prompt_tells_what_one_of_one_costs() -> None:
     """Where a disk sets the pace; and until one was timed."""
     costs = PassCosts(0.02)
-    costs.expect(65, 9.0)  # says nothing, as in `add`
+    costs.expect(17, 9.0)  # too long to say something
     assert costs.table(1) == []
     costs.expect(11, 6.0)
-    costs.expect(1, 9.0)
     assert costs.table(2) == pytest.approx([0, 5, 5.1])
-    for _ in range(3):
-        costs.add(1, 4.0)
+    costs.add(4, 8.0)
+    costs.expect(1, 9.0)  # too late
+    assert costs.table(4) == pytest.approx([0, 5, 6, 7, 8])
+    costs.add(6, 8.2)
+    assert costs.line(6)[1:5] == pytest.approx([7.7, 7.8, 7.9, 8]), "only what was timed"
+    costs.add(1, 4.0)
     assert costs.table(1) == [0, 4]
+    costs.expect(1, 6.0)
+    costs.forget(0.02)
+    assert costs.table(1) == []
     resident = PassCosts(0.1)
     resident.expect(1, 6.0)
     assert resident.table(1) == []
