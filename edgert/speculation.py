@@ -241,6 +241,7 @@ class Speculator:
         self._clock = clock
         self._made: list[_Draft] = []
         self._verified: _Draft | None = None  # whose tokens are verified next
+        self._beside = 0  # guesses that were ready when a draft was right as a whole
         self.drafter = ""  # name of the one whose guesses are verified next
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
@@ -303,16 +304,21 @@ class Speculator:
         """Guesses until the expected gain of one more is below what it costs.
 
         A second is worth what the drafter gives a second on the whole (renewal reward): a draft
-        that began badly is left sooner than its own rate would say.
+        that began badly is left sooner than its own rate would say. What is guessed beside the pass
+        saves time if all of the draft is right, and the next token: one guess more puts it at risk.
         """
         learnt, made = drafter.acceptance, _Draft(drafter)
         self._made.append(made)
         each = learnt.seconds
         rate = 0.0 if each is None else _promise(learnt, costs, most)
         ready = cast(CostlyDrafter, drafter).ready(tokens)
+        self._beside = ready or self._beside
+        risk = learnt.mean * (1 - learnt.mean) * self._beside * (each or 0.0)
         guesses, chance = drafter.guesses(tokens), 1.0
         for n in range(most if each is not None else min(most, _TO_TIME)):
-            more = costs[n + 1] - costs[max(n, 1)] + (0.0 if n < ready else each or 0.0)
+            more = costs[n + 1] - costs[max(n, 1)]
+            if n >= ready:
+                more += (each or 0.0) + chance * risk
             if n and chance * learnt.mean <= rate * more:
                 break
             begin = self._clock()
