@@ -89,7 +89,7 @@ class DraftWalk:
         if programs.draft is not None:
             ends = _layer_ends(programs.draft)
             self._slices = [programs.draft.part(*pair) for pair in pairwise([0, *ends])]
-            self._parts = _parts(programs.full, max(slots // _PART, 1))
+            self._parts = _parts(programs.full, max(slots // _PART, 2))
 
     @property
     def can_walk(self) -> bool:

@@ -84,7 +84,7 @@ _SHAPES = (
 
 # Of a nested tile half is read, or less: larger ones make up for it. 4 GB at 60 %, without drafts,
 # disk at 2.0 to 2.4 GB/s: 1.11 tok/s with 8 slots of 2.5 MiB, 0.86 and 0.91 with ten of 1.5, 1.17
-# and 1.04 with ten of 3 MiB, in 30.
+# and 1.04 with ten of 3 MiB, in 30. The ring then has 16 slots for halves.
 _NESTED_SLOTS, _NESTED_GROWTH = 8, 5 / 3
 
 

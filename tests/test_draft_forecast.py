@@ -16,7 +16,7 @@ from edgert.prediction import Prediction, Terms
 from edgert.speculation import Acceptance
 
 WHOLE = TilePlan("whole", 0, 16, 850, (), False)
-BASED = TilePlan("based", 0, 16, 850, (), False, (), 0, Base(4, 1, 450))
+BASED = TilePlan("based", 0, 16, 850, (), False, (), 0, Base(4, 1, 450, 400))
 
 
 def plan_with(*tiles: TilePlan, tokens: int = 64) -> Any:
