@@ -133,11 +133,6 @@ class ExpertStreamer:
         return self._team.read_bytes
 
     @property
-    def read_ns(self) -> int:
-        """Time spent in reads, summed over the threads."""
-        return self._team.read_ns
-
-    @property
     def busy_ns(self) -> int:
         """Time during which at least one read was under way."""
         return self._team.busy_ns

@@ -12,7 +12,8 @@ from edgert.kernels_cpu.layout import matrix_bytes, repack_ref
 from edgert.models.spec import spec_from_manifest
 from edgert.models.tensors import check_tensors
 from edgert.pack import pack_model
-from edgert.placing import place_part
+from edgert.placing import place_part, room_of
+from edgert.storage.backend import ALIGNMENT
 from edgert.storage.gguf import read_gguf
 from edgert.storage.manifest import Manifest
 from edgert.storage.pack import read_pack
@@ -70,3 +71,26 @@ def test_parts_make_the_record_of_a_gguf_and_of_a_pack(
         assert len(parts) > 10
     if size == SIZES[-1]:
         assert len(parts) == 3 and len(packed[0].record(0).parts) == 1
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_parts_of_a_pack_are_read_into_their_slots(
+    tiny_moe_gguf: Path, tmp_path: Path, size: int
+) -> None:
+    """What is read, rounded up to whole blocks, ends within the slot and spoils no other part."""
+    pack_model(tiny_moe_gguf, tmp_path / "moe.edgert")
+    pack = read_pack(tmp_path / "moe.edgert")
+    spec, packed = records_of(pack, size)
+    data = np.fromfile(pack.files[0], np.uint8)
+    data = np.pad(data, (0, -len(data) % ALIGNMENT), constant_values=255)
+    for layer in packed:
+        for expert in (0, spec.num_experts - 1):
+            record = layer.record(expert)
+            slot = np.zeros(-(-record.nbytes // ALIGNMENT) * ALIGNMENT, np.uint8)
+            for part in record.parts:
+                room, offset = room_of(part, expert, slot), part.of(expert).offset
+                assert room is not None and room.nbytes % ALIGNMENT == offset % ALIGNMENT == 0
+                room[:] = data[offset : offset + room.nbytes]
+            assert slot[: record.nbytes].tobytes() == placed(pack, layer, expert)
+    _, rows = records_of(read_gguf(tiny_moe_gguf), size)
+    assert {room_of(part, 1, slot) for layer in rows for part in layer.record(0).parts} == {None}
