@@ -236,12 +236,9 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
     header = PackHeader(version, file_bytes, index_bytes, data_offset, index_crc)
     rest = index_bytes - 4 * header.n_sums
     if not 0 <= rest <= HEADER_MAX - HEADER.size:
-        raise FormatError(
-            path,
-            f"the index has {rest:,} bytes beside its checksums; the most is "
-            f"{format_bytes(HEADER_MAX)}",
-            24,
-        )
+        most = format_bytes(HEADER_MAX)
+        text = f"the index has {rest:,} bytes beside its checksums; the most is {most}"
+        raise FormatError(path, text, 24)
     return header
 
 

@@ -142,9 +142,7 @@ def rewritten(path: Path, packed: bytes, change: Callable[[dict[str, TensorEntry
     change(tensors)
     index = encode_index(n_keys, metadata, tensors.values()) + body[len(body) - 4 * n_sums :]
     assert len(index) == index_bytes
-    version = int.from_bytes(packed[12:16], "little")
-    head = encode_header(len(packed), index, data_offset, version)
-    return head + index + packed[64 + index_bytes :]
+    return encode_header(len(packed), index, data_offset) + index + packed[64 + index_bytes :]
 
 
 def moved(tensor: str, /, **changes: object) -> Callable[[dict[str, TensorEntry]], None]:
