@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def pack_model(
     start = data_offset_of(len(encode_index(n_keys, metadata, placed)), data_bytes)
     index = encode_index(n_keys, metadata, [_moved(entry, start) for entry in placed])
     stamp = repr([(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in manifest.files)])
-    stamp += " ".join(f"{name} {values.tobytes().hex()}" for name, values in importance.items())
+    stamp += " ".join(
+        f"{name} {sha256(each.tobytes()).hexdigest()}" for name, each in importance.items()
+    )
     with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
