@@ -95,6 +95,7 @@ def test_only_as_many_threads_walk_as_the_frame_says(team: ThreadTeam) -> None:
         builder.call(_tid_kernel, [address_of(by_thread)], 300)
         builder.barrier()
     program = builder.finish()
+    team.arm()
     team.frame[:] = 0
     for walkers in range(team.threads + 2):
         by_thread[:] = 0
