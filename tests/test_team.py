@@ -96,7 +96,7 @@ def test_only_as_many_threads_walk_as_the_frame_says(team: ThreadTeam) -> None:
         builder.barrier()
     program = builder.finish()
     team.arm()
-    team.frame[:] = 0
+    team.frame[:], team.frame[rows.F_N_TOKENS] = 0, 1
     for walkers in range(team.threads + 2):
         by_thread[:] = 0
         team.frame[rows.F_THREADS] = walkers
