@@ -268,6 +268,25 @@ def test_no_bit_depends_on_what_is_read_ahead(
     assert found == [expected(tiny_moe_gguf)[1]] * 3
 
 
+@pytest.mark.parametrize(("fewer", "all_threads"), [(0.9, 1.0), (1.0, 1.0), (1.1, 1.0)])
+def test_a_core_is_left_to_readers_where_passes_are_faster_so(
+    fewer: float, all_threads: float
+) -> None:
+    """Whatever hints cost in their own turns, which are of another length."""
+    prefetcher = Prefetcher((2, 4))
+    prefetcher.allowed = True
+    ways = []
+    for _ in range(200):
+        way = prefetcher.spare.on
+        ways.append(way)
+        hints = 1.5 if prefetcher.on else 1.0
+        prefetcher.pass_ended(1, (fewer if way else all_threads) * hints)
+    assert ways[:32] == [True, True, False, False] * 8
+    assert ways[32:] == [fewer < 0.99] * 168
+    prefetcher.pass_ended(16, 100.0)  # says nothing
+    assert prefetcher.spare.on == (fewer < 0.99)
+
+
 def test_no_bit_depends_on_how_many_threads_walk(tiny_moe_gguf: Path) -> None:
     with tight(tiny_moe_gguf, 60 * 1024, threads=3, prefill_tokens=1) as engine:
         walked, found = [], []
