@@ -112,9 +112,13 @@ def place_part(part: RecordPart, manifest: Manifest, raw: _Bytes, slot: _Bytes) 
         out[:] = raw
 
 
-def room_of(part: RecordPart, expert: int, slot: _Bytes) -> _Bytes | None:
-    """Where in the slot a part of an expert is read to as it is; None if it has to be placed."""
+def room_of(part: RecordPart, record_bytes: int, expert: int, slot: _Bytes) -> _Bytes | None:
+    """Where in the slot a part of an expert is read to as it is; None if it has to be placed.
+
+    Whole blocks are read, so what follows a part must be another block, or nothing of the record.
+    """
     _, nbytes, skip = aligned_range(part.of(expert), ALIGNMENT)
-    if part.tensor or skip or part.start % ALIGNMENT:
+    is_last = part.start + part.nbytes == record_bytes
+    if part.tensor or skip or part.start % ALIGNMENT or not (is_last or nbytes == part.nbytes):
         return None
     return slot[part.start : part.start + nbytes]

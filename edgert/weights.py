@@ -277,7 +277,8 @@ class Weights:
             place_part(record.parts[part], self._manifest, raw, slot)
 
     def _expert_room(self, layer: int, expert: int, part: int, slot: _Bytes) -> _Bytes | None:
-        return room_of(self._need.experts[layer].record(expert).parts[part], expert, slot)
+        record = self._need.experts[layer].record(expert)
+        return room_of(record.parts[part], record.nbytes, expert, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 

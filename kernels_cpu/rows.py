@@ -49,7 +49,8 @@ X_GATE_FN, X_UP_FN, X_DOWN_FN, X_UP_OFFSET, X_DOWN_OFFSET = range(5)
 X_FIELDS = 5
 
 # Fields of the frame: one call of the team. The first two are known to the op kernels (abi.py).
-F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS, F_HINTS = range(6)
+# F_THREADS: how many of the team walk, the first ones; 0 is all.
+F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS, F_HINTS, F_THREADS = range(7)
 FRAME_FIELDS = 16
 
 # Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights, groups

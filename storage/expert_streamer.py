@@ -113,9 +113,9 @@ class ExpertStreamer:
             self.prefetcher.pass_ended(tokens, seconds)
 
     @property
-    def hinting(self) -> bool:
-        """Whether compiled code is to post hints in the next pass."""
-        return self.prefetcher.on and self.slots.window.n_slots < self.shape[0] * self.shape[1]
+    def may_miss(self) -> bool:
+        """Whether there are fewer slots than experts."""
+        return self.slots.window.n_slots < self.shape[0] * self.shape[1]
 
     @property
     def failed(self) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +89,14 @@ def test_parts_of_a_pack_are_read_into_their_slots(
             record = layer.record(expert)
             slot = np.zeros(-(-record.nbytes // ALIGNMENT) * ALIGNMENT, np.uint8)
             for part in record.parts:
-                room, offset = room_of(part, expert, slot), part.of(expert).offset
+                room = room_of(part, record.nbytes, expert, slot)
+                offset = part.of(expert).offset
                 assert room is not None and room.nbytes % ALIGNMENT == offset % ALIGNMENT == 0
                 room[:] = data[offset : offset + room.nbytes]
             assert slot[: record.nbytes].tobytes() == placed(pack, layer, expert)
+            short = part.nbytes - 64  # another part would follow within the last block
+            cut = replace(part, nbytes=short, extent=replace(part.extent, nbytes=short))
+            assert room_of(cut, record.nbytes, expert, slot) is None
     _, rows = records_of(read_gguf(tiny_moe_gguf), size)
-    assert {room_of(part, 1, slot) for layer in rows for part in layer.record(0).parts} == {None}
+    for record in (layer.record(0) for layer in rows):
+        assert {room_of(part, record.nbytes, 1, slot) is None for part in record.parts} == {True}
