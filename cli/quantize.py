@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,9 @@ def quantize(
     """Give the experts of a model fewer bits, where it costs least. Lossy.
 
     A text is run through the model: every second chunk of it shows which experts are used and what
-    their inputs are. Gate, up and down of each layer then get 1 to 4 bits, or keep their own, so
-    that the weighted error is least at the size that is given; the experts of a layer share their
-    widths. Everything else keeps its bits. Perplexity before and after is measured on the other
-    chunks.
+    their inputs are. Gate, up and down of each expert then get 1 to 4 bits, or keep their own, so
+    that the weighted error is least at the size that is given. Everything else keeps its bits.
+    Perplexity before and after is measured on the other chunks.
 
     \b
     edgert quantize moe.gguf -o moe-3.2.edgert --experts-budget 3.2bpw -f text.txt
@@ -85,8 +85,10 @@ def quantize(
 def widths_text(found: QuantizedExperts) -> str:
     """A line for each layer."""
     layers: dict[int, dict[str, str]] = {}
-    for name, fmt in found.formats.items():
+    for name, formats in found.formats.items():
         layer, part = re.findall(r"blk\.(\d+)\.ffn_(\w+)_exps", name)[0]
-        layers.setdefault(int(layer), {})[part] = fmt
+        counts = sorted(Counter(formats).items())
+        said = ", ".join(f"{fmt} x {n}" for fmt, n in counts) if len(counts) > 1 else formats[0]
+        layers.setdefault(int(layer), {})[part] = said
     rows = [(str(at), *(parts[p] for p in ("gate", "up", "down"))) for at, parts in layers.items()]
     return table(("layer", "gate", "up", "down"), rows)

@@ -66,10 +66,14 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     formats: dict[str, dict[str, int]] = {}
     for tensor in manifest.tensors.values():
-        entry = formats.setdefault(tensor.format.name, {"tensors": 0, "parameters": 0, "nbytes": 0})
-        entry["tensors"] += 1
-        entry["parameters"] += tensor.parameters
-        entry["nbytes"] += tensor.nbytes
+        each = tensor.parameters // max(len(tensor.matrices), 1)
+        pieces = [(fmt, each, extent.nbytes) for fmt, extent in tensor.matrices]
+        for fmt in tensor.formats:
+            formats.setdefault(fmt.name, dict.fromkeys(("tensors", "parameters", "nbytes"), 0))
+            formats[fmt.name]["tensors"] += 1
+        for fmt, parameters, nbytes in pieces or [(tensor.format, each, tensor.nbytes)]:
+            formats[fmt.name]["parameters"] += parameters
+            formats[fmt.name]["nbytes"] += nbytes
     tokens = metadata.get("tokenizer.ggml.tokens")
     return {
         "files": [str(path) for path in manifest.files],

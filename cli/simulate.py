@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,8 +97,9 @@ def simulate(
     known, loaded = None, False
     if profile is not None:
         known, loaded = _uses(profile, array, trace.experts)
-    size = trace.record_bytes if record_bytes is None else parse_bytes(record_bytes)
-    counts = _counts(slots) if slots else _slots_of(budgets, trace, size, per_layer)
+    if record_bytes is not None:
+        trace = replace(trace, record_bytes=parse_bytes(record_bytes), record_sizes=None)
+    counts = _counts(slots) if slots else _slots_of(budgets, trace, per_layer)
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if tuning:
         with Progress() as progress:
@@ -145,7 +147,7 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _slots_of(text: str, trace: Routing, record_bytes: int, per_layer: bool) -> list[int]:
+def _slots_of(text: str, trace: Routing, per_layer: bool) -> list[int]:
     """Slots for each budget; whole layers' worth with `per_layer`."""
     every = trace.layers * trace.experts
     counts = []
@@ -158,13 +160,13 @@ def _slots_of(text: str, trace: Routing, record_bytes: int, per_layer: bool) -> 
             if not 0 < share <= 1:
                 raise InputError(f"{part!r} is no share of the experts; give 1% to 100%")
             count = int(share * every)
-        elif record_bytes < 1:
+        elif trace.record_bytes < 1 and trace.record_sizes is None:
             raise InputError(
                 f"how many experts fit in {part} is not known: this trace has no size of an "
                 "expert; give --record-bytes, --slots, or a share like 25%"
             )
         else:
-            count = min(parse_bytes(part) // record_bytes, every)
+            count = trace.slots_within(parse_bytes(part))
         counts.append(count - count % trace.layers if per_layer else count)
     return counts
 

@@ -45,7 +45,8 @@ def trace(
     """Record which experts a run chooses.
 
     The file holds `layers`, `experts`, `k`, `record_bytes`, `choices` int16 [tokens, layers, k] and
-    `passes`, the number of tokens of each forward pass. The hit rate printed is the run's own, with
+    `passes`, the number of tokens of each forward pass; where experts have several sizes also
+    `record_sizes` [layers, experts]. The hit rate printed is the run's own, with
     an empty cache at its start; `edgert simulate` gives the same for its policy and slots.
 
     \b
@@ -65,7 +66,9 @@ def trace(
         engine.experts.record(None)
         hits, misses = engine.experts.counts
         plan, spec = engine.plan, engine.spec
-    found = join_passes(passes, spec.num_experts, plan.expert_slot_bytes)
+    sizes = plan.expert_sizes
+    each = None if sizes is None else sizes.records.reshape(spec.num_hidden_layers, -1)
+    found = join_passes(passes, spec.num_experts, plan.expert_slot_bytes, each)
     with atomic_file(out) as stream:
         write_routing(stream, found)
     rate = hits / (hits + misses)

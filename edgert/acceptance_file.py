@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from edgert.draft_forecast import draft_bits
 from edgert.kept_files import keep_file, prune_files
@@ -25,7 +24,6 @@ from edgert.speculation import Acceptance
 __all__ = ["load_acceptance", "save_acceptance"]
 
 ENVIRONMENT = "EDGERT_ACCEPTANCE"
-_MODES = {"sampled": False, "greedy": True}
 _ENOUGH = 50.0  # tokens verified before something is worth keeping
 _MOST_FILES = 64  # of half a KiB
 
@@ -38,26 +36,22 @@ def acceptance_path(files: Sequence[Path], plan: Plan) -> Path:
     return cache_root().parent / "acceptance" / f"{key}.json"
 
 
-def load_acceptance(files: Sequence[Path], plan: Plan) -> dict[bool, Acceptance]:
-    """What is known of greedy (True) and of sampled drafts, or what is assumed."""
-    found = {greedy: self_acceptance(greedy) for greedy in _MODES.values()}
+def load_acceptance(files: Sequence[Path], plan: Plan) -> Acceptance:
+    """What is known of drafts, or what is assumed."""
+    found = self_acceptance()
     if plan.can_draft and _is_on():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            plain = json.loads(acceptance_path(files, plan).read_text(encoding="utf-8"))
-            for name, greedy in _MODES.items():
-                found[greedy].restore(plain[name])
+            found.restore(json.loads(acceptance_path(files, plan).read_text(encoding="utf-8")))
     return found
 
 
-def save_acceptance(files: Sequence[Path], plan: Plan, known: dict[bool, Acceptance]) -> None:
+def save_acceptance(files: Sequence[Path], plan: Plan, known: Acceptance) -> None:
     """Keep what was learnt, if it is enough."""
-    enough = max(known[greedy].learnt for greedy in known) >= _ENOUGH
-    if not (plan.can_draft and enough and _is_on()):
+    if not (plan.can_draft and known.learnt >= _ENOUGH and _is_on()):
         return
-    plain: dict[str, Any] = {name: known[greedy].state() for name, greedy in _MODES.items()}
     with contextlib.suppress(OSError):
         path = acceptance_path(files, plan)
-        if keep_file(path, json.dumps(plain).encode()):
+        if keep_file(path, json.dumps(known.state()).encode()):
             prune_files(path.parent, _MOST_FILES)
 
 

@@ -12,7 +12,6 @@ a child 0.4 s to start). Where a budget is small, each child compiles one kernel
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -26,6 +25,7 @@ from edgert.kept_files import keep_file
 from edgert.kernels_cpu.cache import (
     cache_root,
     can_start_python,
+    child_environment,
     machine_parts,
     read_note,
     target_note,
@@ -116,11 +116,9 @@ _Part = tuple[int, int, int]  # first, stop, step: numbers of the kernels that a
 
 def _start(wanted: KernelSet, part: _Part) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-c", _CHILD, str(wanted), *map(str, part)]
-    source = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH", "")) if p)
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(cache_root().parent)},
+        env=child_environment(),
     )  # fmt: skip
 
 

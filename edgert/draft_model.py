@@ -50,7 +50,7 @@ def check_vocabularies(model: Opened, draft: Opened) -> None:
 
 
 class DraftModel:
-    """An open draft model, and what was learnt of its guesses, greedy and sampled."""
+    """An open draft model, and what was learnt of its guesses."""
 
     def __init__(self, engine: Engine) -> None:
         """Takes over `engine`, which must hold all its weights: raises `BudgetError` if not."""
@@ -61,9 +61,7 @@ class DraftModel:
             raise
         self.engine = engine
         steps = [(i + 1) / (SURENESS + 1) for i in range(SURENESS)]
-        self._acceptance = {
-            greedy: Acceptance([0.4 + 0.55 * step for step in steps]) for greedy in (False, True)
-        }
+        self._acceptance = Acceptance([0.4 + 0.55 * step for step in steps])
 
     def drafter(self, sampler: Sampler, ends: Collection[int], ticket: Ticket) -> ModelDrafter:
         """The guesses of one generation."""
@@ -76,7 +74,7 @@ class DraftModel:
             found = engine.forward.evaluate(text, engine.vocab_size, ticket=ticket)
             return found.reshape(-1)
 
-        return ModelDrafter(NAME, logits, sampler, ends, self._acceptance[sampler.is_greedy])
+        return ModelDrafter(NAME, logits, sampler, ends, self._acceptance)
 
     def close(self) -> None:
         """Give its memory back. Idempotent."""

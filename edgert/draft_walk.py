@@ -32,6 +32,8 @@ __all__ = ["Ahead", "DraftWalk"]
 _F32 = npt.NDArray[np.float32]
 _FREE = 1 << 20  # layers by which a draft leads that no longer writes where the pass does
 _DONE = 1 << 30
+_NOWHERE = (-1, -1, 0)  # token, position, rows done
+_PART = 4  # of a ring: tiles that a pass computes before it looks again whether to draft
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ class _Part:
 
     program: Program
     layer: int
-    tile: int  # the first streamed one; -1: none
+    tile: int  # the last streamed one; -1: none
 
 
 class DraftWalk:
@@ -78,15 +80,16 @@ class DraftWalk:
         self._slices: list[Program] = []
         self._parts: list[_Part] = []
         self._context = 0
+        self._left = _NOWHERE  # a walk beside a pass whose end it did not see
 
     def use(self, programs: Programs, slots: int, context: int) -> None:
         """Walk these from now on; `slots` of the ring, `context` tokens of KV cache."""
         self._full, self._program = programs.full, programs.draft
-        self._context, self._slices = context, []
+        self._context, self._slices, self._left = context, [], _NOWHERE
         if programs.draft is not None:
             ends = _layer_ends(programs.draft)
             self._slices = [programs.draft.part(*pair) for pair in pairwise([0, *ends])]
-            self._parts = _parts(programs.full, max(slots // 2, 1))
+            self._parts = _parts(programs.full, max(slots // _PART, 2))
 
     @property
     def can_walk(self) -> bool:
@@ -94,27 +97,35 @@ class DraftWalk:
         return self._program is not None
 
     def walk(self, token: int, position: int) -> _F32:
-        """Logits after `token`, a copy; nonsense if the team was stopped. Raises `StorageError`."""
+        """Logits after `token`, a copy; nonsense if the team was stopped. Raises `StorageError`.
+
+        Goes on where a walk of the same token beside the last pass was left.
+        """
         assert self._program is not None
-        streams = self._team.streams
-        self._embed(token, position)
+        streams, program = self._team.streams, self._program
+        left, self._left = self._left, _NOWHERE
+        if left[:2] == (token, position):
+            program = program.part(left[2], len(program.rows))
+        else:
+            self._embed(token, position)
         timeline, streams[rows.S_TIMELINE] = int(streams[rows.S_TIMELINE]), 0
         try:  # its rows have no names in the timeline
             with self._span("draft", position):
-                self._run(self._program, position)
+                self._run(program, position)
         finally:
             streams[rows.S_TIMELINE] = timeline
         return self._logits.copy()
 
-    def walk_beside(self, ahead: Ahead) -> None:
-        """Walk the full program with the frame as it is, drafting while no tile is there.
+    def walk_full(self, ahead: Ahead | None) -> None:
+        """Walk the full program with the frame as it is, drafting while a part's tiles are awaited.
 
-        (Until all tiles of a part were there, the ring filled up and the disk rested.)
         Raises `StorageError`; ends early where the team was stopped.
         """
         frame, streamer = self._team.frame, self._weights.streamer
         assert self._full is not None
-        if streamer is None or self._team.streams[rows.S_TIMELINE]:  # records are of whole programs
+        self._left = _NOWHERE
+        is_traced = self._team.streams[rows.S_TIMELINE]  # records are of whole programs
+        if ahead is None or streamer is None or is_traced:
             self._team.run(self._full)
             return
         mine, ready = frame.copy(), streamer.ready
@@ -137,11 +148,16 @@ class DraftWalk:
         token, position, is_free = ahead.text[-1], len(ahead.text) - 1, False
         while position < self._context:
             self._embed(token, position)
+            done = 0  # rows
             for layer, part in enumerate(self._slices):
                 self._run(part, position)
                 if self._team.stopped:
                     return
+                done += len(part.rows)
+                if is_free:
+                    self._left = token, position, done
                 yield _FREE if is_free else layer + 1
+            self._left = _NOWHERE
             ahead.walked += is_free
             is_free = True
             found = ahead.guess(self._logits.copy())
@@ -183,7 +199,7 @@ def _parts(program: Program, most: int) -> list[_Part]:
         streamed = [i for i in range(begin, layer_end) if tiles[i] >= 0]
         ends = [i + 1 for i in streamed[most - 1 :: most] if i + 1 < layer_end]
         for end in (*ends, layer_end):
-            tile = next((int(tiles[i]) for i in streamed if begin <= i < end), -1)
+            tile = max((int(tiles[i]) for i in streamed if begin <= i < end), default=-1)
             found.append(_Part(program.part(begin, end), layer, tile))
             begin = end
     return found

@@ -22,7 +22,7 @@ def drafters_of(engine: Engine, sampler: Sampler, ticket: Ticket) -> list[Drafte
     """The engine's own base and its draft model, where it has them, for a generation."""
     ends, found = engine.tokenizer.eos_ids, list[Drafter]()
     if engine.plan.can_draft:
-        learnt = engine.acceptance[sampler.is_greedy]
+        learnt = engine.acceptance
         found += [self_drafter(engine.forward, sampler, ends, learnt, ticket)]
     if engine.draft_model is not None:
         found += [engine.draft_model.drafter(sampler, ends, ticket)]

@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgert.errors import BudgetError
+from edgert.expert_sizes import spread_order
 from edgert.plan import Plan, Region
-from edgert.plan_parts import Need, TilePlan, resident_why
+from edgert.plan_parts import Need, TilePlan, resident_why, ring_of
 
 __all__ = ["Rooms", "Unit", "elastic_bytes", "leaving_order", "resized", "rooms_of", "units_of"]
 
@@ -62,7 +63,7 @@ class _Kept:
     """What stays in memory: the first `units` units, the ring, experts, the token table."""
 
     units: int
-    slots: int
+    ring: int  # slots of the size of whole tiles
     expert_slots: int
     embedding: bool
 
@@ -72,8 +73,8 @@ def rooms_of(opened: Plan, need: Need) -> Rooms:
     return Rooms(
         resident=sum(unit.nbytes for unit in units_of(opened)),
         embedding=need.embedding_bytes,
-        window=_ring_slots(opened) * need.slot_bytes,
-        experts=need.expert_count * need.expert_slot_bytes,
+        window=_ring(opened, need) * need.slot_bytes,
+        experts=need.slots_bytes(need.expert_count),
         staging=opened.reader_threads * opened.staging_bytes if need.experts else 0,
     )
 
@@ -86,10 +87,11 @@ def elastic_bytes(plan: Plan) -> dict[str, int]:
     return {name: regions[name] for name in names} | {"staging": more}
 
 
-def _ring_slots(opened: Plan) -> int:
+def _ring(opened: Plan, need: Need) -> int:
+    """Slots of the ring, of the size of whole tiles."""
     streamed = sum(t.stream_index >= 0 for t in opened.tiles)
     if 0 < opened.slots < streamed - 1:  # else it was cut short by the number of tiles
-        return opened.slots
+        return opened.region("window").nbytes // need.slot_bytes
     return max(min(_RING_SLOTS, len(opened.tiles) - 1), 2)
 
 
@@ -132,9 +134,7 @@ def _runs(opened: Plan, numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _spread(items: Sequence[list[int]]) -> list[list[int]]:
-    bits = max(len(items) - 1, 0).bit_length()
-    ranks = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
-    return [items[rank] for rank in ranks if rank < len(items)]
+    return [items[rank] for rank in spread_order(len(items))]
 
 
 def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
@@ -149,7 +149,7 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
     reading = opened.reader_threads * opened.staging_bytes
     fixed = opened.total_bytes - sum(elastic_bytes(opened).values())
     units = units_of(opened)
-    kept = _keep(need, units, budget - fixed, reading, _ring_slots(opened))
+    kept = _keep(need, units, budget - fixed, reading, _ring(opened, need))
     plan = _plan(opened, need, units, kept)
     if plan.total_bytes > budget:
         raise BudgetError(
@@ -161,9 +161,8 @@ def resized(opened: Plan, need: Need, budget: int, *, others: int = 0) -> Plan:
 
 def _keep(need: Need, units: Sequence[Unit], room: int, reading: int, ring: int) -> _Kept:
     """What stays in `room` bytes: weights, then experts, then the token table; or the least."""
-    record = need.expert_slot_bytes
     least = min(need.expert_count, need.experts_per_token)
-    left = room - least * record
+    left = room - need.slots_bytes(least)
     sizes = [unit.nbytes for unit in units]
     count, slots, n_bases = len(sizes), 0, sum(unit.is_base for unit in units)
     ring = min(ring, max(_RING_LEAST, left // _RING_SHARE // need.slot_bytes))
@@ -175,9 +174,8 @@ def _keep(need: Need, units: Sequence[Unit], room: int, reading: int, ring: int)
         slots = min(ring, len(sizes) - max(count, n_bases) - 1)
         left -= streaming
     left -= sum(sizes[:count])
-    more = max(left, 0) // record if record else 0
-    expert_slots = min(need.expert_count, least + more)
-    left -= (expert_slots - least) * record
+    expert_slots = need.slots_within(need.slots_bytes(least) + max(left, 0))
+    left -= need.slots_bytes(expert_slots) - need.slots_bytes(least)
     whole = slots == 0 and expert_slots == need.expert_count
     return _Kept(count, slots, expert_slots, whole and need.embedding_bytes <= left)
 
@@ -202,19 +200,21 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
         base = tile.base if i in based and i not in whole else None
         tiles.append(tile.placed(-1 if i in whole else count, base))
         count += i not in whole
-    buffers = opened.reader_threads * (2 if need.experts and kept.slots else 1)
+    buffers = opened.reader_threads * (2 if need.experts and kept.ring else 1)
+    window = kept.ring * need.slot_bytes
+    slots, slot_bytes = ring_of(window, need, tiles)
     more = (buffers - opened.staging_buffers) * opened.staging_bytes
     regions = {r.name: r for r in opened.regions}
     new = {
         "resident": sum(unit.nbytes for unit in stays),
         "embedding": need.embedding_bytes if kept.embedding else 0,
-        "window": kept.slots * need.slot_bytes,
-        "experts": kept.expert_slots * need.expert_slot_bytes,
+        "window": window,
+        "experts": need.slots_bytes(kept.expert_slots),
         "staging": regions["staging"].nbytes + more,
     }
     why = {
         "resident": resident_why(tiles),
-        "window": f"{kept.slots} slots for streamed tiles",
+        "window": f"{slots} slots for streamed tiles",
         "experts": f"{kept.expert_slots} of {need.expert_count} expert records",
         "staging": f"{buffers} read buffers, one token row",
     }
@@ -225,8 +225,9 @@ def _plan(opened: Plan, need: Need, units: Sequence[Unit], kept: _Kept) -> Plan:
             Region(r.name, new.get(r.name, r.nbytes), why.get(r.name, r.why))
             for r in opened.regions
         ),
-        tiles=tuple(tiles), slots=kept.slots, slot_bytes=need.slot_bytes,
-        expert_slots=kept.expert_slots, staging_buffers=buffers,
+        tiles=tuple(tiles), slots=slots, slot_bytes=slot_bytes,
+        expert_slots=kept.expert_slots,
+        expert_sizes=need.sizes(kept.expert_slots), staging_buffers=buffers,
         embedding_resident=kept.embedding,
         resident_bytes=opened.resident_bytes + sum(new[n] - regions[n].nbytes for n in weights),
         streamed_bytes=sum(t.read_bytes for t in tiles if t.stream_index >= 0),

@@ -28,6 +28,7 @@ from edgert.kernels_cpu import rows
 from edgert.models.spec import ModelSpec
 from edgert.plan import Plan
 from edgert.results import ExpertStats
+from edgert.storage.expert_cache import that_fit
 from edgert.storage.expert_policy import POLICIES, hottest, policy_for
 from edgert.storage.expert_streamer import DONE, WANTED, ExpertStreamer
 from edgert.storage.manifest import Manifest
@@ -77,7 +78,9 @@ class ExpertControl:
         self._forward.on_pass = self._passed
         if self.profile is not None:
             self.set_policy("auto")
-            preload(self._streamer, hottest(self.profile.uses, self._streamer.n_slots))
+            first = hottest(self.profile.uses, self._streamer.n_slots)
+            sizes = self._streamer.slots.sizes
+            preload(self._streamer, first if sizes is None else that_fit(first, sizes))
 
     def close(self) -> None:
         """Keep what was learnt, beside what others have learnt meanwhile. No pass is under way."""
@@ -90,7 +93,7 @@ class ExpertControl:
         """Experts to be read for a pass of so many tokens under a plan, if the model is known."""
         key = plan.expert_slots, plan.prefill_tokens
         if key not in self._forecasts:
-            self._forecasts[key] = forecast_misses(self.profile, *key)
+            self._forecasts[key] = forecast_misses(self.profile, *key, plan.expert_sizes)
         return self._forecasts[key]
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgert.expert_profile import ExpertProfile
 from edgert.expert_simulation import replay_steps, steps_of
+from edgert.storage.expert_cache import SlotSizes
 from edgert.storage.expert_policy import choose_policy, hottest
 
 __all__ = ["forecast_misses"]
@@ -21,13 +22,17 @@ _STEPS = 1536  # tokens x layers replayed for single tokens, half of them as the
 
 
 def forecast_misses(
-    profile: ExpertProfile | None, slots: int, prefill_tokens: int
+    profile: ExpertProfile | None,
+    slots: int,
+    prefill_tokens: int,
+    slot_sizes: SlotSizes | None = None,
 ) -> Callable[[int], float] | None:
     """A function from the tokens of a pass to the experts it will miss; None without a profile.
 
     The sample of the profile is replayed through the engine's own policy, begun as an engine
     begins: the hottest experts loaded, a prompt in passes of `prefill_tokens`, then token after
     token. Misses of a long pass are those of the prompt's passes, of one token those after them.
+    `slot_sizes` where experts have several.
     """
     if profile is None or len(profile.sample) < _LEAST_TOKENS:
         return None
@@ -45,7 +50,8 @@ def forecast_misses(
         sizes += [1] * (len(sample) - prompt)
         steps = list(steps_of(sample, np.array(sizes, np.int32), shape[1]))
         policy = choose_policy(slots, shape, k, uses)
-        hits = list(replay_steps(steps, shape, slots, policy, hottest(uses, slots)))
+        first = hottest(uses, slots)
+        hits = list(replay_steps(steps, shape, slots, policy, first, sizes=slot_sizes))
         counted = len(sample) - prompt if tokens == 1 else max(prompt // size, 1)
         # Of single tokens those at the end, of long passes the whole ones at the beginning.
         last = len(steps) if tokens == 1 else counted * shape[0]

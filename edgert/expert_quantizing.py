@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgert.errors import InputError
 from edgert.evaluation import CHUNK_TOKENS, Perplexity, bundled_text, perplexity, text_chunks
-from edgert.expert_widths import choose_widths, measure_options, observe
-from edgert.opening import load, read_manifest
+from edgert.expert_widths import ExpertActivity, choose_widths, measure_options, observe
+from edgert.opening import load, open_model
 from edgert.pack import check_output, pack_model
-from edgert.quant.formats import PlaneFormat
+from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import FileBackend
 from edgert.units import parse_bytes
 
@@ -31,7 +29,7 @@ Progress = Callable[[str, int, int], object]  # what, done, to do
 class QuantizedExperts:
     """What was made of a model."""
 
-    formats: dict[str, str]  # by tensor of experts
+    formats: dict[str, list[str]]  # by tensor, of each expert
     experts_bytes: int
     bits_per_weight: float  # of the experts
     used_experts: int  # of all in all layers: those that the calibration text came to
@@ -53,7 +51,7 @@ def quantize_experts(
     """Write the MoE model `source` as the pack `out` with its experts in fewer bits: lossy.
 
     `experts_budget`: bits a weight as 3.2 or "3.2bpw", or the bytes of all experts as "1.5GiB".
-    Gate, up and down of each layer get the plane format, or keep their own, that costs least at
+    Gate, up and down of each expert get the plane format, or keep their own, that costs least at
     that total (expert_widths.py); everything else keeps its bits. `text`, by default the stories
     that come with edgert, is cut into chunks of 512 tokens (or the context): every second one from
     the first on calibrates, the others measure perplexity before and after. `options` are those of
@@ -62,7 +60,8 @@ def quantize_experts(
     Raises `InputError` (no experts, a text of fewer than two chunks, a size that cannot be reached)
     and as `load` and `pack_model` do.
     """
-    manifest = read_manifest(source)
+    opened = open_model(source)
+    manifest = opened.manifest
     tensors = {n: t for n, t in manifest.tensors.items() if n.endswith("_exps.weight")}
     weights = sum(t.parameters for t in tensors.values())
     if not weights:
@@ -74,6 +73,7 @@ def quantize_experts(
     def tell(what: str) -> Callable[[int, int], object] | None:
         return on_progress and (lambda done, total: on_progress(what, done, total))
 
+    activity = ExpertActivity.empty(opened.spec)  # in the budget: counted with the process
     with load(source, on_progress=on_progress, **options) as engine:
         size = min(CHUNK_TOKENS, engine.plan.context_length)
         bos = engine.tokenizer.bos_id if engine.tokenizer.add_bos else None
@@ -82,7 +82,7 @@ def quantize_experts(
             raise InputError(f"the text is one chunk of {size} tokens; give one of two or more")
         calibrating = chunks[::2]
         scored = [token for chunk in chunks[1::2] for token in chunk]
-        activity = observe(engine, calibrating)
+        observe(engine, calibrating, activity)
         before = perplexity(engine, scored, chunk_tokens=size)
     backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
     try:
@@ -90,15 +90,13 @@ def quantize_experts(
     finally:
         backend.close()
     chosen = choose_widths(measured, budget)
-    formats = {
-        name: option.format
-        for name, option in chosen.items()
-        if isinstance(option.format, PlaneFormat)
-    }
+    formats: dict[str, list[QuantFormat]] = {}
+    for (name, _), option in chosen.items():
+        formats.setdefault(name, []).append(option.format)
     importance = {}
     for name in formats:
         layer, part = re.findall(r"blk\.(\d+)\.ffn_(\w+)_exps", name)[0]
-        importance[name] = activity.squares(int(layer), part).astype(np.float32)
+        importance[name] = activity.squares(int(layer), part)
     pack_model(
         source, out, force=force, formats=formats, importance=importance, on_progress=on_progress
     )
@@ -106,7 +104,7 @@ def quantize_experts(
         after = perplexity(engine, scored, chunk_tokens=size)
     nbytes = sum(option.nbytes for option in chosen.values())
     return QuantizedExperts(
-        {name: option.format.name for name, option in chosen.items()}, nbytes,
+        {name: [fmt.name for fmt in each] for name, each in formats.items()}, nbytes,
         8 * nbytes / weights, int((activity.uses > 0).sum()), sum(map(len, calibrating)),
         before, after,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgert.errors import InputError
 from edgert.expert_guesses import GUESSERS, Guesser, make_guesser
 from edgert.routing import Choices, Routing
-from edgert.storage.expert_cache import admit
+from edgert.storage.expert_cache import SlotSizes, admit, that_fit
 from edgert.storage.expert_policy import (
     POLICIES,
     USUAL,
@@ -66,7 +66,8 @@ def simulate(
     """Every policy with every number of slots; each request begins with an empty cache, or with
     the hottest experts of `profile` if `loaded`, as an engine does that knows its model.
 
-    `slots` count over all layers, at least k; with `per_layer` each layer has its own cache of
+    `slots` count over all layers, at least k, and have the sizes of an engine's where experts have
+    several (belady is then no bound, but a guess); with `per_layer` each layer has its own cache of
     `slots` / layers, as when layers were recorded apart. Raises `InputError`.
     """
     layers, k, every = trace.layers, trace.k, trace.layers * trace.experts
@@ -121,7 +122,8 @@ def _figure(
                 policy = make_policy(name, own, shape, k, known, setting)
             first = hottest(known, own) if loaded and known is not None else ()
             guesser = make_guesser(ahead, *shape) if ahead else None
-            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k))
+            sizes = None if per_layer else trace.slot_sizes(slots)
+            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k, sizes))
             wasted += guesser.wasted if guesser else 0
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)
@@ -160,23 +162,22 @@ def replay_steps(
     loaded: Sequence[_Ints] = (),
     guesser: Guesser | None = None,
     k: int = 0,
+    sizes: SlotSizes | None = None,
 ) -> Iterator[int]:
     """Hits of a policy in each step; `steps`: keys of the layers in turn, pass after pass.
 
     As `ExpertStreamer` does it: what a layer misses is admitted at once as far as there are slots
     it does not use itself, the rest when those that have arrived are computed. The cache is empty
     at first but for `loaded`: experts of each layer. Before each step `k` experts that `guesser`
-    names are read ahead, into a quarter of the slots at most, as the engine does.
+    names are read ahead, into a quarter of the slots at most, as the engine does. `sizes`: of
+    records and slots, where there are several.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)
     owner = np.full(slots, -1, np.int64)
-    first = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
-    owner[: len(first)] = first
-    slot_of[first] = np.arange(len(first))
 
     def put(wanted: Sequence[int], busy: npt.NDArray[np.bool_]) -> list[int]:
-        plan = admit(policy, wanted, owner, stamps, busy)
+        plan = admit(policy, wanted, owner, stamps, busy, sizes=sizes)
         for item in plan.admitted:
             if item.evicted >= 0:
                 slot_of[item.evicted] = -1
@@ -184,6 +185,12 @@ def replay_steps(
             owner[item.slot] = item.expert
         return list(plan.waiting)
 
+    if sizes is None:
+        held = [e + layer * shape[1] for layer, part in enumerate(loaded) for e in part.tolist()]
+        owner[: len(held)], slot_of[held] = held, np.arange(len(held))
+    else:
+        for layer, part in enumerate(that_fit(loaded, sizes)):
+            put((part + layer * shape[1]).tolist(), np.zeros(slots, np.bool_))
     for clock, keys in enumerate(steps, 1):
         if guesser is not None:
             layer = (clock - 1) % shape[0]

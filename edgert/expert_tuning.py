@@ -48,7 +48,8 @@ def halves(trace: Routing) -> tuple[Routing, Routing]:
         choices = (choices[0][:at], choices[0][at:])
         passes = (passes[0][:middle], passes[0][middle:])
     first, second = (
-        Routing(trace.experts, choices[i::2], passes[i::2], trace.record_bytes) for i in (0, 1)
+        Routing(trace.experts, choices[i::2], passes[i::2], trace.record_bytes, trace.record_sizes)
+        for i in (0, 1)
     )
     return first, second
 

@@ -116,14 +116,14 @@ def forecast(
     plan_for = planner(opened, chosen, process, profile, known)
 
     def predicted(plan: Plan) -> Prediction:
-        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens)
+        misses = forecast_misses(known, plan.expert_slots, plan.prefill_tokens, plan.expert_sizes)
         chances = known.chances if known else None
         found = predict(plan, opened.spec, opened.manifest, profile, misses=misses, chances=chances)
         assert found is not None, "the profile was measured for this model"
         return found
 
     def drafting(plan: Plan, plain: Prediction) -> DraftForecast | None:
-        known = load_acceptance(opened.manifest.files, plan)[True]
+        known = load_acceptance(opened.manifest.files, plan)
         return forecast_drafting(plan, plain, known.mean if known.learnt else None)
 
     def point(nbytes: int) -> Point:

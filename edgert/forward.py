@@ -265,10 +265,9 @@ class Forward:
         """Compute `tokens` in parts of the program, for those who look at what is between.
 
         Part i ends before row `ends[i]` of the program; then `look(i, n)` may read the buffers of a
-        pass of n tokens. The sums are those of `evaluate`, and no logits are made. Only for a plan
-        that streams no matrices, whose tiles count whole passes. A change of the budget comes after
-        it; a pass that it stops begins again, to the same bits, behind what was looked at. Raises
-        as `evaluate` does.
+        pass of n tokens. The sums are those of `evaluate`; no logits. Only for a plan that streams
+        no matrices, whose tiles count whole passes. A pass that a change of the budget stops begins
+        again, to the same bits, behind what was looked at. Raises as `evaluate` does.
         """
         with self.lock, self._boundary:
             self.check_open()
@@ -340,8 +339,8 @@ class Forward:
         if self._change_waits:  # its stop may have come before `_recover` took it back
             return False
         with self._span(PASS, n, position):
-            if ahead is not None and self._drafts is not None and self._drafts.can_walk:
-                self._drafts.walk_beside(ahead)
+            if self._drafts is not None and self._drafts.can_walk:
+                self._drafts.walk_full(ahead)
             else:
                 self._team.run(self._programs.full)
         self._weights.raise_if_failed()
@@ -354,12 +353,10 @@ class Forward:
         if self.on_pass is not None:
             self.on_pass(n)
         self._pass += 1
-        self.stats.passes += 1
-        self.stats.tokens += n
+        self.stats.passes, self.stats.tokens = self.stats.passes + 1, self.stats.tokens + n
         seconds = time.perf_counter() - begin
         self.stats.seconds += seconds
-        if wanted == n:
-            self.costs.add(n, seconds)
+        (self.costs.add if wanted == n else self.costs.expect)(n, seconds)
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
         self._broken = False  # last: an interruption before here begins the streams again
         return True
@@ -376,8 +373,11 @@ class Forward:
         frame[rows.F_PASS] = self._pass
         frame[rows.F_FIRST_LOGIT] = n - wanted
         frame[rows.F_N_LOGITS] = wanted
+        frame[rows.F_HINTS] = frame[rows.F_THREADS] = 0
         experts = self._weights.experts
-        frame[rows.F_HINTS] = n <= rows.HINT_TOKENS and experts is not None and experts.hinting
+        if experts is not None and experts.may_miss and n <= rows.HINT_TOKENS:
+            frame[rows.F_HINTS] = experts.prefetcher.on
+            frame[rows.F_THREADS] = (self._team.threads - 1) * experts.prefetcher.spare.on
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):
@@ -395,6 +395,5 @@ class Forward:
 
 def _growth(plan: Plan) -> float:
     """What a token more may add to a pass under a plan."""
-    if plan.expert_slots:
-        return _EXPERTS_GROWTH
-    return _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH
+    dense = _STREAMED_GROWTH if plan.streamed_bytes else _RESIDENT_GROWTH
+    return _EXPERTS_GROWTH if plan.expert_slots else dense

@@ -24,8 +24,8 @@ _UNLIKELY = 0.1  # guesses that are right less often are not worth the memory's 
 class ModelDrafter:
     """Guesses of one generation: a pass for each. See `Drafter`.
 
-    A token is drawn with the random number that the sampler will use for its place, so it is the
-    right one wherever the logits are like those of the full model.
+    A token is drawn with the noise that the sampler will use for its place, so it is the right one
+    wherever the logits are like those of the full model.
     """
 
     is_free = False

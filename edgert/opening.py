@@ -55,7 +55,7 @@ class Opened:
     def kernel_set(self, kv_cache_type: str) -> KernelSet:
         """The kernels this model needs."""
         formats: set[QuantFormat] = {
-            t.format for t in self.manifest.tensors.values() if len(t.shape) > 1
+            f for t in self.manifest.tensors.values() if len(t.shape) > 1 for f in t.formats
         }
         formats |= {t.base_format(b) for t in self.manifest.tensors.values() for b in t.base_bits}
         names = tuple(f.name for f in sorted(formats, key=lambda f: (f.type_id, f.name)))

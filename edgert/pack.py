@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,7 @@ from edgert.quant.quantize import quantize_ref
 from edgert.storage.backend import FileBackend
 from edgert.storage.gguf import metadata_bytes
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
-from edgert.storage.pack import (
-    MAGIC,
-    PAGE,
-    PART,
-    encode_index,
-    part_bytes,
-)
+from edgert.storage.pack import MAGIC, PAGE, PART, encode_index, part_bytes
 from edgert.storage.pack_writer import PackWriter, data_offset_of
 from edgert.units import align_up
 
@@ -62,7 +57,7 @@ def pack_model(
     nested: str | None = None,
     refine: bool = True,
     force: bool = False,
-    formats: Mapping[str, QuantFormat] | None = None,
+    formats: Mapping[str, QuantFormat | Sequence[QuantFormat]] | None = None,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     on_progress: Progress | None = None,
 ) -> Manifest:
@@ -76,8 +71,9 @@ def pack_model(
     whole. The weights stay the same, and the first parts alone are a model as well.
     `refine=False` rounds to nearest instead of searching scales: half the time, for measurements.
     `force` replaces `out`.
-    `formats`: tensor by tensor, by name, instead of `type_name`; `importance`: what the error of
-    each column of a tensor counts (`quantize_planes`). `on_progress` gets "pack" or "verify" and
+    `formats`: tensor by tensor, by name, instead of `type_name`; of a stack of experts one for all
+    or one for each. `importance`: what the error of each column of a tensor counts, of a stack
+    [columns] or [experts, columns] (`quantize_planes`). `on_progress` gets "pack" or "verify" and
     bytes of data.
 
     Memory: under 300 MiB whatever the model. An interrupted run leaves `out`.partial, which the
@@ -101,7 +97,9 @@ def pack_model(
     start = data_offset_of(len(encode_index(n_keys, metadata, placed)), data_bytes)
     index = encode_index(n_keys, metadata, [_moved(entry, start) for entry in placed])
     stamp = repr([(s.st_size, s.st_mtime_ns) for s in (p.stat() for p in manifest.files)])
-    stamp += " ".join(f"{name} {values.tobytes().hex()}" for name, values in importance.items())
+    stamp += " ".join(
+        f"{name} {sha256(each.tobytes()).hexdigest()}" for name, each in importance.items()
+    )
     with PackWriter(out, index, data_bytes, f"{stamp} {refine}".encode()) as writer:
         backend = FileBackend(manifest.files, file_bytes=manifest.file_bytes)
         try:
@@ -115,14 +113,18 @@ def pack_model(
 
 def _requantised(
     target: TensorEntry,
+    index: int,
     weights: npt.NDArray[np.float32],
     refine: bool,
     importance: Mapping[str, npt.NDArray[np.float32]],
 ) -> npt.NDArray[np.uint8]:
-    """Weights [rows, columns] in the format of `target`."""
+    """Weights [rows, columns] of matrix `index` of a tensor in the format of `target`."""
     fmt = target.format
     if isinstance(fmt, PlaneFormat):
-        return quantize_planes(fmt, weights, importance.get(target.name), refine=refine)
+        counts = importance.get(target.name)
+        if counts is not None and counts.ndim == 2:
+            counts = counts[index]
+        return quantize_planes(fmt, weights, counts, refine=refine)
     return quantize_ref(fmt, weights)
 
 
@@ -172,23 +174,26 @@ def check_output(manifest: Manifest, out: Path, force: bool) -> None:
 def _placed(
     needs: dict[str, TensorNeed],
     manifest: Manifest,
-    formats: Mapping[str, QuantFormat],
+    formats: Mapping[str, QuantFormat | Sequence[QuantFormat]],
     splits: Splits,
 ) -> tuple[list[TensorEntry], int]:
     """The tensors in file order, with offsets from the start of the data, and its bytes."""
     entries: list[TensorEntry] = []
     at = 0
-    record: list[TensorEntry] = []
+    record: list[list[TensorEntry]] = []
     for need in needs.values():
-        entry = _target(need, manifest.tensors[need.name], formats.get(need.name))
+        source, chosen = manifest.tensors[need.name], formats.get(need.name, ())
+        each = [chosen] if isinstance(chosen, QuantFormat) else chosen or [source.format]
         if need.kind == "expert_matrix":
-            record.append(entry)
+            each = [*each] * (need.shape[0] if len(each) == 1 else 1)
+            record.append([_target(need, source, fmt) for fmt in each])
             if len(record) == 3:
                 stack, nbytes = _recorded(record, at)
                 entries += stack
                 at += nbytes
                 record = []
             continue
+        entry = _target(need, source, each[0])
         split = split_of(entry.format, splits)
         if split and need.kind == "matrix":
             entry = _nested(entry, split)
@@ -199,9 +204,8 @@ def _placed(
     return entries, at
 
 
-def _target(need: TensorNeed, source: TensorEntry, fmt: QuantFormat | None) -> TensorEntry:
-    """What becomes of a tensor; its extent begins at 0."""
-    found = source.format if fmt is None else fmt
+def _target(need: TensorNeed, source: TensorEntry, found: QuantFormat) -> TensorEntry:
+    """What becomes of a tensor, or of one matrix of a stack; its extent begins at 0."""
     if need.shape[-1] % found.block_size:
         other = f"; P{found.bits}_32 has groups of 32" if isinstance(found, PlaneFormat) else ""
         raise UnsupportedError(
@@ -214,17 +218,27 @@ def _target(need: TensorNeed, source: TensorEntry, fmt: QuantFormat | None) -> T
     return TensorEntry(source.name, found, source.shape, extent, "tiles")
 
 
-def _recorded(parts: Sequence[TensorEntry], at: int) -> tuple[list[TensorEntry], int]:
-    """Gate, up and down of a layer as one record for each expert, and the bytes of all."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + align_up(part.extent.nbytes, PART))
-    stride = align_up(starts[-1], PAGE)
-    stack = [
-        replace(_moved(part, at + start), stride=stride)
-        for part, start in zip(parts, starts, strict=False)
-    ]
-    return stack, stride * parts[0].shape[0]
+def _recorded(stacks: Sequence[Sequence[TensorEntry]], at: int) -> tuple[list[TensorEntry], int]:
+    """Gate, up and down of a layer, each expert by expert, as one record for each expert; and the
+    bytes of all.
+    """
+    begin, placed = at, []
+    for record in zip(*stacks, strict=True):
+        moved = []
+        for matrix in record:
+            moved.append(_moved(matrix, at))
+            at += align_up(matrix.extent.nbytes, PART)
+        at = align_up(at, PAGE)
+        placed.append(moved)
+    if all(len({m.format for m in stack}) == 1 for stack in stacks):
+        stride = (at - begin) // len(placed)
+        return [replace(first, stride=stride) for first in placed[0]], at - begin
+    found = []
+    for stack in zip(*placed, strict=True):
+        first, matrices = stack[0], tuple((m.format, m.extent) for m in stack)
+        whole = Extent(0, first.extent.offset, sum(m.extent.nbytes for m in stack))
+        found.append(replace(first, extent=whole, layout="mixed", matrices=matrices))
+    return found, at - begin
 
 
 def _nested(entry: TensorEntry, split: tuple[int, ...]) -> TensorEntry:
@@ -243,4 +257,5 @@ def _moved(entry: TensorEntry, by: int) -> TensorEntry:
         return Extent(0, at.offset + by, at.nbytes)
 
     parts = tuple(moved(part) for part in entry.parts)
-    return replace(entry, extent=moved(entry.extent), parts=parts)
+    matrices = tuple((fmt, moved(extent)) for fmt, extent in entry.matrices)
+    return replace(entry, extent=moved(entry.extent), parts=parts, matrices=matrices)

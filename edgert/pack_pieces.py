@@ -33,7 +33,7 @@ __all__ = ["write_pieces"]
 
 Progress = Callable[[str, int, int], object]  # what, done, to do
 _Bytes = npt.NDArray[np.uint8]
-Requantise = Callable[[TensorEntry, npt.NDArray[np.float32]], _Bytes]  # by target
+Requantise = Callable[[TensorEntry, int, npt.NDArray[np.float32]], _Bytes]  # by target, matrix
 _Made = dict[int | None, _Bytes]  # by part
 
 _PIECE_BYTES = 2 * MIB  # of the source made at a time
@@ -49,6 +49,7 @@ class _Piece:
 
     source: TensorEntry
     target: TensorEntry
+    index: int  # of the matrix in the source
     first_row: int  # of all rows of the source
     rows: int
     offset: int
@@ -60,7 +61,7 @@ def _pieces(placed: Sequence[TensorEntry], manifest: Manifest) -> Iterator[_Piec
     """Everything to write, in file order."""
     i = 0
     while i < len(placed):
-        if not placed[i].stride:
+        if not placed[i].stride and not placed[i].matrices:
             source = manifest.tensors[placed[i].name]
             for part in range(len(placed[i].parts)) or (None,):
                 yield from _cut(source, placed[i], 0, part)
@@ -68,14 +69,16 @@ def _pieces(placed: Sequence[TensorEntry], manifest: Manifest) -> Iterator[_Piec
             continue
         for expert in range(placed[i].shape[0]):
             for target in placed[i : i + 3]:
-                yield from _cut(manifest.tensors[target.name], target, expert)
+                yield from _cut(manifest.tensors[target.name], target.matrix(expert), expert)
         i += 3
 
 
 def _cut(
     source: TensorEntry, target: TensorEntry, index: int, part: int | None = None
 ) -> Iterator[_Piece]:
-    """One matrix of a tensor, or a part of it, in pieces of whole tiles; a vector is one row."""
+    """A matrix, number `index` of the source, or a part of it, in pieces of whole tiles; a vector
+    is one row.
+    """
     rows, columns = (1, *target.shape)[-2:]
     row_bytes = source.format.row_bytes(columns)
     step = max(1, _PIECE_BYTES // row_bytes)
@@ -86,11 +89,11 @@ def _cut(
     extent = target.extent if part is None else target.parts[part]
     together = sum(p.nbytes for p in target.parts[1:]) <= _KEPT_BYTES
     last = -1 if part is None else len(target.parts) - 1 if together else part
-    start = extent.offset + index * target.stride
     for first in range(0, rows, step):
         count = min(step, rows - first)
         before = _bytes_of(target, first, part) if first else 0
-        yield _Piece(source, target, index * rows + first, count, start + before, part, last)
+        at = extent.offset + before
+        yield _Piece(source, target, index, index * rows + first, count, at, part, last)
 
 
 def _bytes_of(target: TensorEntry, rows: int, part: int | None) -> int:
@@ -113,7 +116,7 @@ def write_pieces(
 ) -> None:
     """Make the tensors' bytes in threads and append them in order, from where the writer is.
 
-    `requantise` makes weights [rows, columns] those of a tensor in another format.
+    `requantise` makes weights [rows, columns] of a matrix those of a tensor in another format.
     """
     pieces = list(_pieces(placed, manifest))
     longest = max(p.rows * p.source.format.row_bytes(p.source.shape[-1]) for p in pieces)
@@ -167,7 +170,7 @@ def _made(piece: _Piece, backend: FileBackend, staging: _Bytes, requantise: Requ
         return {None: raw.copy()}
     if target.format is not source.format:
         weights = dequantize_ref(source.format, raw).reshape(piece.rows, columns)
-        raw = requantise(target, weights).reshape(-1)
+        raw = requantise(target, piece.index, weights).reshape(-1)
     tiles = np.empty(matrix_bytes(target.format, piece.rows, columns), np.uint8)
     repack(target.format, raw, piece.rows, columns, tiles)
     if piece.part is None:

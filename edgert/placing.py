@@ -17,10 +17,12 @@ from edgert.kernels_cpu.layout import repack, tile_count
 from edgert.kernels_cpu.nested import Bits, move_bits, part_bytes, part_of, tiles_of
 from edgert.kernels_cpu.places import are_same
 from edgert.quant.formats import CODE_BITS, BaseFormat, QuantFormat
+from edgert.storage.backend import ALIGNMENT, aligned_range
 from edgert.storage.manifest import Manifest, TensorEntry
 
 __all__ = [
-    "place_addresses", "place_base", "place_part", "place_refined", "place_rows", "split_parts",
+    "place_addresses", "place_base", "place_part", "place_refined", "place_rows", "room_of",
+    "split_parts",
 ]  # fmt: skip
 
 _Bytes = npt.NDArray[np.uint8]
@@ -31,7 +33,7 @@ def place_rows(entry: TensorEntry, n_rows: int, raw: Sequence[_Bytes], out: _Byt
     if entry.layout == "nested":
         n_blocks, parts = _blocks(entry, n_rows), _parts(entry, 0, raw)
         _put_together(n_blocks, parts, tiles_of(entry.format, out))
-    elif entry.layout == "tiles":
+    elif entry.layout != "rows":
         out[:] = raw[0]
     else:
         repack(entry.format, raw[0], n_rows, entry.shape[-1], out)
@@ -108,3 +110,15 @@ def place_part(part: RecordPart, manifest: Manifest, raw: _Bytes, slot: _Bytes) 
         place_rows(manifest.tensors[part.tensor], part.rows, [raw], out)
     else:
         out[:] = raw
+
+
+def room_of(part: RecordPart, record_bytes: int, expert: int, slot: _Bytes) -> _Bytes | None:
+    """Where in the slot a part of an expert is read to as it is; None if it has to be placed.
+
+    Whole blocks are read, so what follows a part must be another block, or nothing of the record.
+    """
+    _, nbytes, skip = aligned_range(part.of(expert), ALIGNMENT)
+    is_last = part.start + part.nbytes == record_bytes
+    if part.tensor or skip or part.start % ALIGNMENT or not (is_last or nbytes == part.nbytes):
+        return None
+    return slot[part.start : part.start + nbytes]

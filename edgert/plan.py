@@ -35,6 +35,7 @@ from edgert.plan_parts import (
     measure,
     need_of,
     resident_why,
+    ring_of,
 )
 from edgert.plan_policy import (
     USUAL,
@@ -83,8 +84,11 @@ _SHAPES = (
 
 # Of a nested tile half is read, or less: larger ones make up for it. 4 GB at 60 %, without drafts,
 # disk at 2.0 to 2.4 GB/s: 1.11 tok/s with 8 slots of 2.5 MiB, 0.86 and 0.91 with ten of 1.5, 1.17
-# and 1.04 with ten of 3 MiB, in 30.
+# and 1.04 with ten of 3 MiB, in 30. The ring then has 16 slots for halves.
 _NESTED_SLOTS, _NESTED_GROWTH = 8, 5 / 3
+# Where bases fit but for some MiB. With tiles of 512 KiB, of which 64 and 256 are read, the readers
+# took 0.24 of two cores (4 GB at 45 %, 3 bits, 1 GB/s).
+_NESTED_TIGHT = Shape(48, 8, 3 * MIB // 2, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class Kept:
 
     resident: tuple[bool, ...]  # for each tile: all of it
     bases: tuple[Base | None, ...] | None  # for each tile: what stays of it while it is streamed
-    slots: int
+    ring: int  # slots that would hold whole tiles
     expert_slots: int
     embedding: bool
 
@@ -162,6 +166,7 @@ def _suited(
     slots = _SHAPES[0].slots
     if manifest.base_bits:
         tile_bytes, slots = int(tile_bytes * _NESTED_GROWTH), _NESTED_SLOTS
+        shapes = sorted((*shapes, _NESTED_TIGHT), key=lambda shape: -shape.tokens)
     return [
         replace(shape, tile_bytes=tile_bytes, readers=readers, slots=slots)
         if (shape.tile_bytes, shape.readers) == USUAL
@@ -248,7 +253,7 @@ class _Layout:
         fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + reading
         slots = need.expert_count if everything else min(need.expert_count, need.experts_per_token)
-        fixed += slots * need.expert_slot_bytes + (need.embedding_bytes if everything else 0)
+        fixed += need.slots_bytes(slots) + (need.embedding_bytes if everything else 0)
         window = base = 0
         if everything or fixed + need.tile_bytes <= self.options.budget_bytes:
             fixed += need.tile_bytes
@@ -276,7 +281,7 @@ class _Layout:
         def left(tokens: int) -> tuple[int, float] | None:
             found = self.sums(context, replace(shape, tokens=tokens), everything=False)
             room = self.options.budget_bytes - found.total_bytes
-            slots = need.experts_per_token + room // need.expert_slot_bytes
+            slots = need.slots_within(need.slots_bytes(need.experts_per_token) + room)
             return (slots, found.streamed_bytes) if room >= 0 else None
 
         rates = rates_of(profile, self.options.threads)
@@ -288,9 +293,9 @@ class _Layout:
         return shape if tokens is None else replace(shape, tokens=min(tokens, most))
 
     def _expert_load(self, need: Need) -> ExpertLoad:
-        layers, slot_bytes = len(need.experts), need.expert_slot_bytes
-        k = self.spec.num_experts_per_tok
-        return ExpertLoad.of(layers, self.spec.num_experts, k, slot_bytes, self._chances)
+        layers, k = len(need.experts), self.spec.num_experts_per_tok
+        each = need.slots_bytes(need.expert_count) // need.expert_count
+        return ExpertLoad.of(layers, self.spec.num_experts, k, each, self._chances)
 
     def plan(
         self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
@@ -316,7 +321,7 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
     """What stays in `room` bytes: tiles of the matrices first, then as many experts as fit."""
     window = slots * need.slot_bytes + (reading if need.experts else 0)
     least = min(need.expert_count, need.experts_per_token)
-    room -= least * need.expert_slot_bytes
+    room -= need.slots_bytes(least)
     bases = None
     if keep_dense or need.tile_bytes <= room:
         resident = tuple(True for _ in need.tiles)
@@ -330,8 +335,8 @@ def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> 
     slots = min(slots, max(streamed - 1, 0))
     room -= sum(t.nbytes for t, keep in zip(need.tiles, resident, strict=True) if keep)
     room -= window if streamed else 0
-    more = max(room, 0) // need.expert_slot_bytes if need.expert_slot_bytes else 0
-    return Kept(resident, bases, slots, min(need.expert_count, least + more), False)
+    experts = need.slots_within(need.slots_bytes(least) + max(room, 0))
+    return Kept(resident, bases, slots, experts, False)
 
 
 def _plan(
@@ -345,10 +350,12 @@ def _plan(
 ) -> Plan:
     """The plan's record for what was decided."""
     tiles = _numbered(need.tiles, kept)
-    buffers = shape.readers * (2 if need.experts and kept.slots else 1)
+    buffers = shape.readers * (2 if need.experts and kept.ring else 1)
     in_memory = sum(t.memory_bytes for t in tiles)
     streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
-    experts = kept.expert_slots * need.expert_slot_bytes
+    window = kept.ring * need.slot_bytes
+    slots, slot_bytes = ring_of(window, need, tiles)
+    experts = need.slots_bytes(kept.expert_slots)
     embedding = need.embedding_bytes if kept.embedding else 0
     process, sums = given_bytes - options.checksum_bytes, options.checksum_bytes
     regions = (
@@ -359,7 +366,7 @@ def _plan(
         Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
         Region("resident", in_memory, resident_why(tiles)),
         Region("embedding", embedding, "token rows"),
-        Region("window", kept.slots * need.slot_bytes, f"{kept.slots} slots for streamed tiles"),
+        Region("window", window, f"{slots} slots for streamed tiles"),
         Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),
         Region(
             "staging",
@@ -372,8 +379,9 @@ def _plan(
         context_length=context, prefill_tokens=shape.tokens, logit_rows=sizes.logit_rows,
         threads=options.threads, reader_threads=shape.readers,
         kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
-        slots=kept.slots, slot_bytes=need.slot_bytes, expert_slots=kept.expert_slots,
-        expert_slot_bytes=need.expert_slot_bytes, staging_bytes=need.staging_bytes,
+        slots=slots, slot_bytes=slot_bytes, expert_slots=kept.expert_slots,
+        expert_slot_bytes=need.slots_bytes(1), expert_sizes=need.sizes(kept.expert_slots),
+        staging_bytes=need.staging_bytes,
         staging_buffers=buffers, embedding_resident=kept.embedding,
         resident_bytes=in_memory + need.vector_bytes + experts + embedding,
         streamed_bytes=streamed, expert_bytes=need.expert_bytes, weight_bytes=need.weight_bytes,

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from math import gcd, lcm
 
-from edgert.expert_records import ExpertRecord, expert_records
+import numpy as np
+import numpy.typing as npt
+
+from edgert.expert_records import LayerExperts, expert_records, record_sizes
+from edgert.expert_sizes import slot_sizes, slots_within
 from edgert.kernels_cpu.attention import attention_scratch_bytes, context_parts, partials_bytes
 from edgert.kernels_cpu.kv_cache import KvLayout, kv_cache_bytes
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, tile_bytes
-from edgert.kernels_cpu.matmul import takes_quantized_input
+from edgert.kernels_cpu.matmul import takes_parts, takes_quantized_input
 from edgert.models.run_state import Inputs, inputs_of, run_state_buffers
 from edgert.models.spec import ModelSpec
 from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT
+from edgert.storage.expert_cache import SlotSizes
 from edgert.storage.manifest import Extent, Manifest
 from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
@@ -36,6 +41,7 @@ __all__ = [
     "measure",
     "need_of",
     "resident_why",
+    "ring_of",
     "spread_evenly",
 ]
 
@@ -50,6 +56,7 @@ class Base:
     bits: int
     parts: int  # of the tile's, the first ones
     nbytes: int  # in memory, in kernel layout
+    slot_bytes: int  # of the ring, for the rest of such a tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +109,7 @@ class Need:
     tile_bytes: int  # of all of them
     weights: int  # number of weights in them
     bases: dict[int, int]  # bits of a base -> bytes in memory when no tile has less
-    experts: tuple[ExpertRecord, ...]  # one a layer; empty for a dense model
+    experts: tuple[LayerExperts, ...]  # one a layer; empty for a dense model
     threads: int
     kv_cache_type: str
     slot_bytes: int
@@ -110,9 +117,22 @@ class Need:
     vector_bytes: int
     row_bytes: int  # room to read one row of the embedding
     embedding_bytes: int
-    expert_slot_bytes: int
-    expert_bytes: int  # of the largest expert in the file
+    record_bytes: npt.NDArray[np.int64] = field(repr=False)  # [layers, experts] of a slot
+    slot_sizes: npt.NDArray[np.int64] = field(repr=False)  # with n slots for experts the first n
+    expert_bytes: int  # of an expert in the file, on average
     weight_bytes: int
+
+    def slots_bytes(self, count: int) -> int:
+        """Bytes of so many slots for experts."""
+        return int(self.slot_sizes[:count].sum())
+
+    def sizes(self, slots: int) -> SlotSizes | None:
+        """Bytes of records and of so many slots; None where all are of one size."""
+        return SlotSizes.of(self.record_bytes, self.slot_sizes[:slots])
+
+    def slots_within(self, nbytes: int) -> int:
+        """How many slots for experts fit in so many bytes."""
+        return slots_within(self.slot_sizes, nbytes)
 
     @property
     def expert_count(self) -> int:
@@ -157,9 +177,14 @@ def need_of(
         tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
     experts = expert_records(spec, needs, manifest, tile_bytes)
     parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
-    expert_slot = align_up(max((r.nbytes for r in experts), default=0), ALIGNMENT)
-    raw = [sum(p.extent.nbytes for p in r.parts) for r in experts]
-    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in experts for p in r.parts)])
+    kinds = [record for layer in experts for record in layer.records]
+    record_bytes = record_sizes(experts, spec)
+    raw = [
+        sum(part.extent.nbytes for part in layer.record(i).parts)
+        for layer in experts
+        for i in range(spec.num_experts)
+    ]
+    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in kinds for p in r.parts)])
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
         align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
@@ -174,23 +199,22 @@ def need_of(
         tile_bytes=sum(t.nbytes for t in tiles),
         weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
-        slot_bytes=align_up(max(_slot_bytes(t) for t in tiles), ALIGNMENT),
+        slot_bytes=align_up(max(n for t in tiles for n in _slot_sizes(t)), ALIGNMENT),
         staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
         row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
         embedding_bytes=align_up(embedding.extent.nbytes, 64),
-        expert_slot_bytes=expert_slot, expert_bytes=max(raw, default=0),
+        record_bytes=record_bytes, slot_sizes=slot_sizes(record_bytes, spec.num_experts_per_tok),
+        expert_bytes=sum(raw) // max(len(raw), 1),
         weight_bytes=manifest.tensor_bytes,
     )  # fmt: skip
 
 
-def _slot_bytes(tile: TilePlan) -> int:
-    """What a tile may need of a slot: put together, or what is read beside a base as it is."""
-    beside = [tile.extents[base.parts :] for base in tile.bases]
-    return max([tile.nbytes, *(parts_bytes(e, ALIGNMENT) + _ADDRESS_BYTES for e in beside)])
+def _slot_sizes(tile: TilePlan) -> list[int]:
+    return [tile.nbytes, *(base.slot_bytes for base in tile.bases)]
 
 
 def _formats(manifest: Manifest) -> set[QuantFormat]:
-    return {t.format for t in manifest.tensors.values()}
+    return {f for t in manifest.tensors.values() for f in t.formats}
 
 
 def _by_role(
@@ -199,7 +223,7 @@ def _by_role(
     found: dict[TensorRole, set[QuantFormat]] = {}
     for need in needs.values():
         if need.kind in ("matrix", "expert_matrix"):
-            found.setdefault(need.role, set()).add(manifest.tensors[need.name].format)
+            found.setdefault(need.role, set()).update(manifest.tensors[need.name].formats)
     if spec.tie_word_embeddings:
         found[TensorRole.LM_HEAD] = {manifest.tensors[head_tensor(spec)].format}
     return found
@@ -220,12 +244,14 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
     @cache
     def held(n: int) -> tuple[int, tuple[Base, ...]]:
         """What `n` rows take in memory, whole and as bases."""
-        widths = [(bits, entry.base_parts(bits)) for bits in entry.base_bits]
-        bases = [
-            Base(bits, parts, matrix_bytes(entry.base_format(bits), n, columns))
-            for bits, parts in widths
-        ]
-        return matrix_bytes(entry.format, n, columns), tuple(bases)
+        whole, bases = matrix_bytes(entry.format, n, columns), list[Base]()
+        for bits in entry.base_bits:
+            parts, kept = entry.base_parts(bits), matrix_bytes(entry.base_format(bits), n, columns)
+            slot = whole  # put together there, or, in parts, as it was read
+            if takes_parts(entry.format, entry.split(bits)):
+                slot = parts_bytes(entry.extents(0, n)[parts:], ALIGNMENT) + _ADDRESS_BYTES
+            bases.append(Base(bits, parts, kept, align_up(slot, ALIGNMENT)))
+        return whole, tuple(bases)
 
     return [
         TilePlan(name, first, n, nbytes, entry.extents(first, first + n), is_head, bases)
@@ -272,6 +298,17 @@ def scratch_bytes(spec: ModelSpec, threads: int, context: int) -> int:
 def at_least(tile: TilePlan, bits: int) -> Base | None:
     """The narrowest base of a tile with `bits` bits or more; None where it must be kept whole."""
     return next((base for base in tile.bases if base.bits >= bits), None)
+
+
+def ring_of(window: int, need: Need, tiles: Sequence[TilePlan]) -> tuple[int, int]:
+    """Slots in `window` bytes for the streamed ones of `tiles`, and bytes of one.
+
+    Where all have a base, a slot holds what is read beside it: twice as many, of half the size.
+    """
+    bases = [tile.base for tile in tiles if tile.stream_index >= 0]
+    sizes = [base.slot_bytes for base in bases if base]
+    size = max(sizes) if sizes and len(sizes) == len(bases) else need.slot_bytes
+    return min(window // size, max(len(bases) - 1, 0)), size
 
 
 def base_sizes(tiles: Sequence[TilePlan]) -> dict[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgert.plan_parts import TilePlan
+from edgert.storage.expert_cache import SlotSizes
 from edgert.units import format_bytes
 
 __all__ = ["Plan", "PlanOptions", "Region"]
@@ -54,13 +55,14 @@ class Plan:
     slots: int = 0  # of the ring; 0 when nothing is streamed
     slot_bytes: int = 0
     expert_slots: int = 0
-    expert_slot_bytes: int = 0
+    expert_slot_bytes: int = 0  # of the largest
     staging_bytes: int = 0  # of each read buffer
     staging_buffers: int = 0  # one a reader thread of each stream
     embedding_resident: bool = False
     resident_bytes: int = 0  # weights in memory, expert slots included
     streamed_bytes: int = 0  # read from flash in every pass
-    expert_bytes: int = 0  # of one expert in the file
+    expert_sizes: SlotSizes | None = field(default=None, repr=False, compare=False)  # of several
+    expert_bytes: int = 0  # of an expert in the file, on average
     weight_bytes: int = 0  # of all tensors in the file
 
     @property

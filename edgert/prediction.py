@@ -129,7 +129,7 @@ def predict(
     be read for a pass of so many tokens, from the model's profile (expert_forecast.py); `chances`
     of it: that a token uses an expert.
     """
-    formats = {t.format.name for t in manifest.tensors.values() if len(t.shape) > 1}
+    formats = {f.name for t in manifest.tensors.values() if len(t.shape) > 1 for f in t.formats}
     if not profile.covers(sorted(formats)):
         return None
     model = _Model(plan, spec, manifest, profile, device_bytes_per_s, misses, chances)
@@ -187,7 +187,11 @@ class _Model:
             _add(group, entry.format.name, tile.nbytes, tile.rows * entry.shape[-1])
         for entry in manifest.tensors.values():
             if len(entry.shape) == 3:
-                _add(self.experts, entry.format.name, entry.extent.nbytes, entry.parameters)
+                each = entry.parameters // entry.shape[0]
+                for fmt, extent in entry.matrices:
+                    _add(self.experts, fmt.name, extent.nbytes, each)
+                if not entry.matrices:
+                    _add(self.experts, entry.format.name, entry.nbytes, entry.parameters)
         count = spec.num_hidden_layers * spec.num_experts if spec.is_moe else 0
         self.missing = 1 - plan.expert_slots / count if count else 0.0  # share of experts
         layers, k = spec.num_hidden_layers, spec.num_experts_per_tok

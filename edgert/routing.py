@@ -2,9 +2,10 @@
 
 Owns: the format. Must not know how routing is recorded or what is made of it.
 
-A trace file is an .npz of NumPy: scalars `layers`, `experts`, `k`, `record_bytes` (of one expert in
-memory, 0 unknown), `choices` int16 [tokens, layers, k] in router order, and `passes` int32, how
-many tokens each forward pass held (their sum is `tokens`).
+A trace file is an .npz of NumPy: scalars `layers`, `experts`, `k`, `record_bytes` (of the largest
+expert in memory, 0 unknown), `choices` int16 [tokens, layers, k] in router order, and `passes`
+int32, how many tokens each forward pass held (their sum is `tokens`); where experts have several
+sizes also `record_sizes`, int64 [layers, experts].
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import InputError, ModelError
+from edgert.expert_sizes import slot_sizes, slots_within
+from edgert.storage.expert_cache import SlotSizes
 
 __all__ = ["Routing", "join_passes", "read_routing", "write_routing"]
 
@@ -35,6 +38,7 @@ class Routing:
     requests: tuple[Choices, ...]  # each [tokens, layers, k]
     passes: tuple[npt.NDArray[np.int32], ...]  # tokens of each pass, for each request
     record_bytes: int = 0
+    record_sizes: npt.NDArray[np.int64] | None = None  # [layers, experts], where there are several
 
     @property
     def layers(self) -> int:
@@ -51,6 +55,18 @@ class Routing:
         """Tokens of all requests."""
         return sum(len(choices) for choices in self.requests)
 
+    def slot_sizes(self, slots: int) -> SlotSizes | None:
+        """Sizes of the records and of an engine's first `slots` slots; None where all are alike."""
+        if self.record_sizes is None:
+            return None
+        return SlotSizes.of(self.record_sizes, slot_sizes(self.record_sizes, self.k)[:slots])
+
+    def slots_within(self, nbytes: int) -> int:
+        """How many of an engine's slots fit in so many bytes; the size of a record is known."""
+        if self.record_sizes is None:
+            return min(nbytes // self.record_bytes, self.layers * self.experts)
+        return slots_within(slot_sizes(self.record_sizes, self.k), nbytes)
+
     def uses(self) -> npt.NDArray[np.float64]:
         """How often each expert was chosen: float64 [layers, experts], a profile for policies."""
         found = np.zeros((self.layers, self.experts))
@@ -60,21 +76,29 @@ class Routing:
         return found
 
 
-def join_passes(passes: Sequence[Choices], experts: int, record_bytes: int = 0) -> Routing:
+def join_passes(
+    passes: Sequence[Choices],
+    experts: int,
+    record_bytes: int = 0,
+    record_sizes: npt.NDArray[np.int64] | None = None,
+) -> Routing:
     """The trace of one request from the choices of its passes, each [tokens, layers, k]."""
     if not passes:
         raise InputError("nothing was computed, so there is no routing to record")
     sizes = np.array([len(p) for p in passes], np.int32)
-    return Routing(experts, (np.concatenate(passes),), (sizes,), record_bytes)
+    return Routing(experts, (np.concatenate(passes),), (sizes,), record_bytes, record_sizes)
 
 
 def write_routing(stream: IO[bytes], trace: Routing) -> None:
     """Write a trace of one request."""
     (choices,), (passes,) = trace.requests, trace.passes
-    np.savez_compressed(
-        stream, layers=trace.layers, experts=trace.experts, k=trace.k,
-        record_bytes=trace.record_bytes, choices=choices, passes=passes,
+    arrays: dict[str, Any] = dict(
+        layers=trace.layers, experts=trace.experts, k=trace.k, record_bytes=trace.record_bytes,
+        choices=choices, passes=passes,
     )  # fmt: skip
+    if trace.record_sizes is not None:
+        arrays["record_sizes"] = trace.record_sizes
+    np.savez_compressed(stream, **arrays)
 
 
 def read_routing(path: Path, *, array: str | None = None, experts: int | None = None) -> Routing:
@@ -154,7 +178,24 @@ def _own(path: Path, arrays: dict[str, npt.NDArray[np.generic]], experts: int | 
     sizes = passes.astype(np.int64) if good else np.zeros(1, np.int64)
     if (sizes < 1).any() or int(sizes.sum()) != len(choices):
         raise ModelError(f"{path}: the passes do not add up to its {len(choices)} tokens")
-    return Routing(count, (checked,), (sizes.astype(np.int32),), max(numbers["record_bytes"], 0))
+    return Routing(
+        count, (checked,), (sizes.astype(np.int32),), max(numbers["record_bytes"], 0),
+        _record_sizes(path, arrays.get("record_sizes"), (numbers["layers"], count)),
+    )  # fmt: skip
+
+
+def _record_sizes(
+    path: Path, values: npt.NDArray[np.generic] | None, shape: tuple[int, int]
+) -> npt.NDArray[np.int64] | None:
+    """Sizes of experts, if a file has them."""
+    if values is None:
+        return None
+    if values.shape != shape or not np.issubdtype(values.dtype, np.integer):
+        raise ModelError(f"{path}: record_sizes are {values.dtype} {list(values.shape)}")
+    sizes = values.astype(np.int64)
+    if (sizes < 1).any():
+        raise ModelError(f"{path}: record_sizes has {sizes.min():,} bytes for an expert")
+    return sizes
 
 
 def _checked(

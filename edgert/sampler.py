@@ -2,6 +2,13 @@
 
     bias -> penalties -> top_k -> top_p -> min_p -> temperature -> draw        (llama.cpp's order)
 
+The draw takes the largest of logit + temperature * noise, with Gumbel noise for each token id (the
+Gumbel-max trick; Maddison et al., arXiv 1411.0030): as likely as the softmax says, and greedy where
+the temperature is 0. Of all ways to draw it is the one that a drafter guesses best who knows the
+noise but has other logits (Daliri et al., arXiv 2408.07978): with the weights of stories260K cut
+from 8 to 4 and 3 bits at temperature 0.8, .89 and .73 of the tokens are the same, where .90 and .75
+are possible, and one random number within shares of 1 gave .77 and .62.
+
 Owns: that chain and its random numbers. Must not know text, models or where logits come from.
 top_p: Holtzman et al., arXiv 1904.09751. min_p: Nguyen et al., arXiv 2407.01082. Repetition
 penalty: Keskar et al., arXiv 1909.05858.
@@ -56,7 +63,8 @@ class Sampler:
         is never drawn. Raises `ModelError` for NaN or +inf, which only a broken model or file
         produces, and where every token is banned.
         """
-        return self._draw(_penalised(logits, recent, self.params))[0]
+        tokens, scores = self._scores(_penalised(logits, recent, self.params))
+        return int(tokens[np.argmax(scores)])
 
     def fork(self) -> Sampler:
         """A sampler that will draw what this one would, without its knowing."""
@@ -67,39 +75,50 @@ class Sampler:
     def guess(self, logits: _Logits, recent: Sequence[int] = ()) -> tuple[int, int]:
         """As `sample`, and how far the draw was from another token: 0 to `SURENESS` - 1.
 
-        Similar logits, as a drafter has them, then give the same token more often: without
-        sampling it is the difference to the second logit in steps of 1/2, else the distance of
-        the random number to the ends of the token's share of 1, in sixteenths.
+        That is the score of the token less the second one's, in steps of 1/2. Similar logits, as a
+        drafter has them, have similar scores: the more sure, the more often the token is the same,
+        and about as often at every temperature.
         """
-        logits = _penalised(logits, recent, self.params)
-        token, distance = self._draw(logits)
-        if distance is None:
-            second = np.partition(logits, -2)[-2] if len(logits) > 1 else -np.inf
-            return token, int(min(2.0 * (logits[token] - second), SURENESS - 1))
-        return token, int(min(distance, 0.999) * SURENESS)
+        tokens, scores = self._scores(_penalised(logits, recent, self.params), least=2)
+        first = int(np.argmax(scores))
+        margin = scores[first] - np.delete(scores, first).max(initial=-np.inf)
+        return int(tokens[first]), int(min(2.0 * margin, SURENESS - 1))
 
-    def _draw(self, logits: _Logits) -> tuple[int, float | None]:
-        """A token of the penalised logits, and the distance of `guess` where it was drawn."""
+    def _scores(
+        self, logits: _Logits, least: int = 1
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+        """Tokens of the penalised logits and their scores, of which the largest is drawn; without
+        sampling the `least` largest logits, else one score for each token that the chain keeps.
+        """
         params = self.params
         best = int(np.argmax(logits))  # NaN wins argmax, and so does +inf: one look finds both
         if not np.isfinite(logits[best]):
             raise _unusable(logits)
         if self.is_greedy:
-            return best, None
+            tokens = np.array([best]) if least == 1 else _top_k(logits, least)
+            return tokens, logits[tokens].astype(np.float64)
         tokens = _top_k(logits, params.top_k)
         kept = logits[tokens].astype(np.float64)
         tokens, kept = _top_p(tokens, kept, params.top_p)
         if params.min_p > 0:
             count = int(np.count_nonzero(kept >= kept[0] + np.log(params.min_p)))
             tokens, kept = tokens[:count], kept[:count]
-        with np.errstate(over="ignore"):  # a temperature near 0: -inf is the right limit
-            weights = np.exp((kept - kept[0]) / params.temperature)
-        totals = np.cumsum(weights)
-        drawn = self._random.random() * totals[-1]
-        at = min(int(np.searchsorted(totals, drawn, side="right")), len(tokens) - 1)
-        below = drawn - totals[at - 1] if at else np.inf
-        above = totals[at] - drawn if at < len(tokens) - 1 else np.inf
-        return int(tokens[at]), float(min(below, above) / totals[-1])
+        noise = _gumbel(self._random.bit_generator.random_raw(), tokens)
+        return tokens, (kept - kept[0]) + params.temperature * noise
+
+
+def _gumbel(key: int, tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    """Gumbel noise that depends on the draw's key and the token's id alone, (tokens,).
+
+    A token's uniform number is that of its id in the stream that SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014) begins at `key`, so 40 of 152k cost 40: 7 us a draw.
+    """
+    x = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    uniform = ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # never 0 or 1
+    return -np.log(-np.log(uniform))
 
 
 def _penalised(logits: _Logits, recent: Sequence[int], params: SamplingParams) -> _Logits:

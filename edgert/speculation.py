@@ -27,6 +27,8 @@ MOST_DRAFTED = 63  # tokens of a draft, whatever is asked for: passes of up to 6
 _MARGIN = 1.03
 _WORTH_SECONDS = 5e-4  # of a pass: guessing takes 5 to 15 us
 _TO_TIME = 3  # guesses to learn what one costs
+_FEW = 16  # tokens of a prompt whose pass says what one of 1 takes
+_LITTLE = 0.05  # of a pass of one, that a token more adds: a disk sets the pace
 _WORTH_CHANCE = 0.15  # of guesses beside a pass, which take memory's time from it
 _FRESH = 128  # passes until a measurement is forgotten: disks, budgets and contexts change
 
@@ -139,6 +141,7 @@ class PassCosts:
         self._growth = growth
         self._seconds = [deque[float](maxlen=self._KEPT) for _ in range(most + 1)]
         self._last = [0] * (most + 1)
+        self._expected: float | None = None  # of a pass of 1, until one was timed
         self._passes = 0
         self.latest = float("inf")  # seconds of the last pass
 
@@ -150,9 +153,18 @@ class PassCosts:
             self._seconds[n].append(seconds)
             self.latest = seconds
 
+    def expect(self, n: int, seconds: float) -> None:
+        """A pass over `n` tokens of a prompt took so long: the first idea of what one of 1 takes.
+
+        Only of few tokens, and where one more adds next to nothing. The smallest size that is timed
+        says more, and `line` does not take this for a measurement.
+        """
+        if 1 <= n <= _FEW and self._growth <= _LITTLE and not self._passes:
+            self._expected = seconds / (1 + self._growth * (n - 1))
+
     def forget(self, growth: float) -> None:
         """Passes cost something else from now on."""
-        self._growth = growth
+        self._growth, self._expected = growth, None
         for seconds in self._seconds:
             seconds.clear()
 
@@ -162,9 +174,12 @@ class PassCosts:
         for n in range(1, most + 1):
             if self._passes - self._last[n] > _FRESH:
                 self._seconds[n].clear()
+                self._expected = None
             times = sorted(self._seconds[n])
             if not times and n == 1:
-                return []
+                if self._expected is None:
+                    return []
+                times = [self._expected]
             if not times:
                 continue
             value, at = times[len(times) // 2], len(costs) - 1
@@ -226,6 +241,7 @@ class Speculator:
         self._clock = clock
         self._made: list[_Draft] = []
         self._verified: _Draft | None = None  # whose tokens are verified next
+        self._beside = 0  # guesses that were ready when a draft was right as a whole
         self.drafter = ""  # name of the one whose guesses are verified next
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
@@ -288,16 +304,21 @@ class Speculator:
         """Guesses until the expected gain of one more is below what it costs.
 
         A second is worth what the drafter gives a second on the whole (renewal reward): a draft
-        that began badly is left sooner than its own rate would say.
+        that began badly is left sooner than its own rate would say. What is guessed beside the pass
+        saves time if all of the draft is right, and the next token: one guess more puts it at risk.
         """
         learnt, made = drafter.acceptance, _Draft(drafter)
         self._made.append(made)
         each = learnt.seconds
         rate = 0.0 if each is None else _promise(learnt, costs, most)
         ready = cast(CostlyDrafter, drafter).ready(tokens)
+        self._beside = ready or self._beside
+        risk = learnt.mean * (1 - learnt.mean) * self._beside * (each or 0.0)
         guesses, chance = drafter.guesses(tokens), 1.0
         for n in range(most if each is not None else min(most, _TO_TIME)):
-            more = costs[n + 1] - costs[max(n, 1)] + (0.0 if n < ready else each or 0.0)
+            more = costs[n + 1] - costs[max(n, 1)]
+            if n >= ready:
+                more += (each or 0.0) + chance * risk
             if n and chance * learnt.mean <= rate * more:
                 break
             begin = self._clock()

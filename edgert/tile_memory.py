@@ -181,6 +181,6 @@ class DraftWeights:
         """As `WeightSource.matrix`: what is in memory of it."""
         return self._tiles.draft_matrix(self._plan, name)
 
-    def expert_record(self, layer: int) -> Experts:
-        """As `WeightSource.expert_record`."""
-        return self._weights.expert_record(layer)
+    def experts_of(self, layer: int) -> Experts:
+        """As `WeightSource.experts_of`."""
+        return self._weights.experts_of(layer)

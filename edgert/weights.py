@@ -19,9 +19,9 @@ import numpy.typing as npt
 from edgert.elastic import Rooms, Unit, elastic_bytes
 from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.layout import TILE_ROWS
-from edgert.kernels_cpu.program import Experts, Matrix
+from edgert.kernels_cpu.program import Experts, ExpertShape, Matrix
 from edgert.models.graph import WeightSource
-from edgert.placing import place_part
+from edgert.placing import place_part, room_of
 from edgert.plan import Plan
 from edgert.plan_parts import Need, TilePlan
 from edgert.quant.reference import dequantize_ref
@@ -200,9 +200,10 @@ class Weights:
             shape = (spec.num_hidden_layers, spec.num_experts)
             self.experts = ExpertStreamer(
                 self._backend,
-                lambda layer, expert: [part.of(expert) for part in records[layer].parts],
+                lambda layer, expert: records[layer].extents(expert),
                 shape, self._slots_of(plan), self._staging, self._place_expert,
                 policy_for("auto", shape, spec.num_experts_per_tok),
+                record_bytes=self._need.record_bytes, room=self._expert_room,
             )  # fmt: skip
 
     def _dense_streamer(self, plan: Plan) -> Streamer | None:
@@ -218,8 +219,8 @@ class Weights:
         )
 
     def _slots_of(self, plan: Plan) -> Window:
-        nbytes = plan.expert_slots * plan.expert_slot_bytes
-        return Window(self._expert_window[:nbytes], plan.expert_slot_bytes)
+        sizes = self._need.slot_sizes[: plan.expert_slots]
+        return Window(self._expert_window[: sizes.sum()], sizes)
 
     # ---- another plan --------------------------------------------------------------------------
 
@@ -272,7 +273,12 @@ class Weights:
 
     def _place_expert(self, layer: int, expert: int, part: int, raw: _Bytes, slot: _Bytes) -> None:
         with self._span("place expert", layer, expert):
-            place_part(self._need.experts[layer].parts[part], self._manifest, raw, slot)
+            record = self._need.experts[layer].record(expert)
+            place_part(record.parts[part], self._manifest, raw, slot)
+
+    def _expert_room(self, layer: int, expert: int, part: int, slot: _Bytes) -> _Bytes | None:
+        record = self._need.experts[layer].record(expert)
+        return room_of(record.parts[part], record.nbytes, expert, slot)
 
     # ---- what the graph asks for ---------------------------------------------------------------
 
@@ -293,13 +299,14 @@ class Weights:
         """The weights to draft with, or None where something is not in memory at all."""
         return DraftWeights(self, self._tiles, self._plan) if self._plan.can_draft else None
 
-    def expert_record(self, layer: int) -> Experts:
+    def experts_of(self, layer: int) -> Experts:
         """Formats and offsets of a layer's experts."""
-        record, spec = self._need.experts[layer], self._need.spec
-        return Experts(
-            *record.formats, spec.hidden_size, spec.moe_intermediate_size, record.up_offset,
-            record.down_offset,
-        )  # fmt: skip
+        spec = self._need.spec
+        records = tuple(
+            ExpertShape(*record.formats, record.up_offset, record.down_offset)
+            for record in self._need.experts[layer].records
+        )
+        return Experts(spec.hidden_size, spec.moe_intermediate_size, records)
 
     def token_rows(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The embeddings of `tokens`: float32 (n_tokens, hidden), read from flash row by row

@@ -30,8 +30,9 @@ from typing import NamedTuple
 import platformdirs
 
 __all__ = [
-    "Note", "cache_root", "can_start_python", "machine_parts", "prune", "read_code", "read_note",
-    "sources_digest", "target_note", "use_temporary_root", "writable", "write_code",
+    "Note", "cache_root", "can_start_python", "child_environment", "machine_parts", "prune",
+    "read_code", "read_note", "sources_digest", "target_note", "use_temporary_root", "writable",
+    "write_code",
 ]  # fmt: skip
 
 KEPT_FOLDERS = 4  # caches of the newest source versions and CPU kinds; a folder is a few MB
@@ -146,6 +147,13 @@ def can_start_python() -> bool:
     """False inside a frozen application, whose executable is not an interpreter."""
     name = Path(sys.executable or "").name.lower()
     return "python" in name and not getattr(sys, "frozen", False)
+
+
+def child_environment() -> dict[str, str]:
+    """For a Python process that imports this very package and compiles into this cache."""
+    source = str(Path(str(sys.modules["edgert"].__file__)).parents[1])
+    paths = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(cache_root().parent)}
 
 
 def prune(root: Path, keep: Path) -> None:

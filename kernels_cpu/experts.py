@@ -189,8 +189,8 @@ def multiply_wave(
     read like one stream (8 of 64 experts of 2048 x 1024, 2 threads: 12.4 ms a token, and 17.0 in
     chunks of 4 tiles).
     """
-    board = arg(streams, rows.S_BOARD)
-    address_at = board + 8 * (rows.BOARD_ARRAYS + 2 * n_experts)
+    expert_at = arg(streams, rows.S_BOARD) + 8 * rows.BOARD_ARRAYS
+    address_at = expert_at + 16 * n_experts
     group_at = arg(streams, rows.S_GROUPS)
     wave = arg(streams, rows.S_WAVE)
     tiles = arg(op, rows.E_FF_TILES) if gate_up else arg(op, rows.E_HIDDEN_TILES)
@@ -213,25 +213,26 @@ def multiply_wave(
             n = arg(group_at, 2 * g + 1)
             pair_ids = arg(streams, rows.S_PAIR_ID) + 8 * first
             record = arg(address_at, g)
+            shape = arg(op, rows.E_TABLE) + arg(op, rows.E_TABLE_STRIDE) * arg(expert_at, g)
             if gate_up:
                 tokens = arg(streams, rows.S_PAIR_TOKEN) + 8 * first
                 if part == 0:
                     call_matmul(
-                        arg(op, rows.E_GATE_FN), record, arg(op, rows.E_GATE_X),
+                        arg(shape, rows.X_GATE_FN), record, arg(op, rows.E_GATE_X),
                         arg(op, rows.E_GATE_X_STRIDE), arg(op, rows.E_GATE),
                         arg(op, rows.E_FF_STRIDE), arg(op, rows.E_HIDDEN), start, stop, n, tokens,
                         pair_ids, 0, 0,
                     )  # fmt: skip
                 else:
                     call_matmul(
-                        arg(op, rows.E_UP_FN), record + arg(op, rows.E_UP_OFFSET),
+                        arg(shape, rows.X_UP_FN), record + arg(shape, rows.X_UP_OFFSET),
                         arg(op, rows.E_UP_X), arg(op, rows.E_UP_X_STRIDE), arg(op, rows.E_UP),
                         arg(op, rows.E_FF_STRIDE), arg(op, rows.E_HIDDEN), start, stop, n, tokens,
                         pair_ids, 0, 0,
                     )  # fmt: skip
             else:
                 call_matmul(
-                    arg(op, rows.E_DOWN_FN), record + arg(op, rows.E_DOWN_OFFSET),
+                    arg(shape, rows.X_DOWN_FN), record + arg(shape, rows.X_DOWN_OFFSET),
                     arg(op, rows.E_ACT), arg(op, rows.E_ACT_STRIDE), arg(op, rows.E_OUT),
                     arg(op, rows.E_OUT_STRIDE), arg(op, rows.E_FF), start, stop, n, pair_ids,
                     pair_ids, 0, 0,

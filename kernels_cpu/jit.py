@@ -27,6 +27,7 @@ from edgert.errors import EdgertError
 from edgert.kernels_cpu.cache import (
     KEY_LENGTH,
     cache_root,
+    child_environment,
     prune,
     read_code,
     sources_digest,
@@ -209,13 +210,10 @@ class Kernel:
         """
         if not writable(cache_root()):
             use_temporary_root()
-        source = str(Path(str(sys.modules["edgert"].__file__)).parents[1])
-        paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-        settings = {"NUMBA_CACHE_DIR": str(cache_root().parent), "PYTHONPATH": paths}
         command = [sys.executable, "-P", "-c", _COMPILE, self.py_func.__module__, self._file_name()]
         try:
             child = subprocess.run(
-                command, env=os.environ | settings, capture_output=True, text=True, check=False
+                command, env=child_environment(), capture_output=True, text=True, check=False
             )
             address, why = self._load(), child.stderr.strip().rpartition("\n")[2]
         except OSError as error:

@@ -19,7 +19,7 @@ from edgert.kernels_cpu.layout import TILE_ROWS
 from edgert.kernels_cpu.matmul import matmul_kernel
 from edgert.quant.formats import QuantFormat
 
-__all__ = ["Experts", "Matrix", "Program", "ProgramBuilder", "Rows", "Segment"]
+__all__ = ["ExpertShape", "Experts", "Matrix", "Program", "ProgramBuilder", "Rows", "Segment"]
 
 
 CHUNK_MAX = 64  # units handed out at once at most
@@ -57,16 +57,23 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """The routed experts of a layer: formats, shapes, and where up and down begin in a record."""
+class ExpertShape:
+    """Formats of an expert, and where up and down begin in its record."""
 
     gate_format: QuantFormat
     up_format: QuantFormat
     down_format: QuantFormat
-    hidden_size: int
-    intermediate_size: int
     up_offset: int
     down_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of a layer. They are alike, or at least read their inputs alike."""
+
+    hidden_size: int
+    intermediate_size: int
+    shapes: tuple[ExpertShape, ...]  # one for all, or one for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class Program:
     counter_bytes: int
     kernels: tuple[Kernel, ...]  # kept alive: rows hold their addresses
     names: tuple[str, ...]  # of each row, for people
+    tables: tuple[npt.NDArray[np.int64], ...] = ()  # of experts; kept alive as well
 
     def part(self, first: int, end: int) -> Program:
         """Rows `first` to `end` alone; the row before each must be a barrier."""
@@ -94,6 +102,7 @@ class ProgramBuilder:
         self._names: list[str] = []
         self._rows: list[npt.NDArray[np.int64]] = []
         self._kernels: list[Kernel] = []
+        self._tables: list[npt.NDArray[np.int64]] = []
         self._cells = 0
 
     def _row(
@@ -195,20 +204,17 @@ class ProgramBuilder:
         `inputs` are read by gate, up and down; `outputs` written by them. `swiglu` is its kernel,
         the address of its op row and the units of one pair.
         """
-        kernels = [matmul_kernel(f) for f in (
-            experts.gate_format, experts.up_format, experts.down_format
-        )]  # fmt: skip
         row = self._row(rows.EXPERTS, None, self.section + "experts", cells=3)
-        self._kernels += [*kernels, swiglu[0]]
-        gate, up, down = (k.address for k in kernels)
+        self._kernels.append(swiglu[0])
+        table = self._table(experts.shapes)
         (gate_x, up_x, act), (gate_y, up_y, out) = inputs, outputs
         assert gate_y.stride == up_y.stride
         ff_tiles = -(-experts.intermediate_size // TILE_ROWS)
         hidden_tiles = -(-experts.hidden_size // TILE_ROWS)
         fields = {
-            rows.E_N_EXPERTS: n_experts, rows.E_GATE_FN: gate, rows.E_UP_FN: up,
-            rows.E_DOWN_FN: down, rows.E_UP_OFFSET: experts.up_offset,
-            rows.E_DOWN_OFFSET: experts.down_offset, rows.E_GATE_X: gate_x.address,
+            rows.E_N_EXPERTS: n_experts, rows.E_TABLE: int(table.ctypes.data),
+            rows.E_TABLE_STRIDE: table.strides[0] if len(table) > 1 else 0,
+            rows.E_GATE_X: gate_x.address,
             rows.E_GATE_X_STRIDE: gate_x.stride, rows.E_UP_X: up_x.address,
             rows.E_UP_X_STRIDE: up_x.stride, rows.E_GATE: gate_y.address, rows.E_UP: up_y.address,
             rows.E_FF_STRIDE: gate_y.stride, rows.E_ACT: act.address, rows.E_ACT_STRIDE: act.stride,
@@ -221,9 +227,24 @@ class ProgramBuilder:
         for field, value in fields.items():
             row[field] = value
 
+    def _table(self, shapes: Sequence[ExpertShape]) -> npt.NDArray[np.int64]:
+        """What compiled code looks up of an expert: kernels, and places in the record."""
+        table = np.zeros((len(shapes), rows.X_FIELDS), np.int64)
+        for row, shape in zip(table, shapes, strict=True):
+            formats = (shape.gate_format, shape.up_format, shape.down_format)
+            kernels = [matmul_kernel(fmt) for fmt in formats]
+            row[rows.X_GATE_FN], row[rows.X_UP_FN], row[rows.X_DOWN_FN] = (
+                kernel.address for kernel in kernels
+            )
+            row[rows.X_UP_OFFSET], row[rows.X_DOWN_OFFSET] = shape.up_offset, shape.down_offset
+            self._kernels += kernels
+        self._tables.append(table)
+        return table
+
     def finish(self) -> Program:
         """The program; the last row always ends with a barrier."""
         self.barrier()
         return Program(
-            np.stack(self._rows), self._cells * rows.CELL, tuple(self._kernels), tuple(self._names)
-        )
+            np.stack(self._rows), self._cells * rows.CELL, tuple(self._kernels),
+            tuple(self._names), tuple(self._tables),
+        )  # fmt: skip

@@ -35,16 +35,22 @@ G_LAYER, G_IDS, G_TOP_K, G_N_EXPERTS = range(8, 12)
 # Arguments of a HINT row, behind those of its kernel: the layer that may want what is routed.
 H_LAYER, H_IDS, H_TOP_K, H_N_EXPERTS = range(32, 36)
 
-# Arguments of an EXPERTS row: kernels, where up and down begin in a record, rows in and out.
+# Arguments of an EXPERTS row: a table of experts and the bytes from one to the next (0: all are
+# alike), rows in and out.
 (
-    E_N_EXPERTS, E_GATE_FN, E_UP_FN, E_DOWN_FN, E_UP_OFFSET, E_DOWN_OFFSET,
+    E_N_EXPERTS, E_TABLE, E_TABLE_STRIDE,
     E_GATE_X, E_GATE_X_STRIDE, E_UP_X, E_UP_X_STRIDE, E_GATE, E_UP, E_FF_STRIDE,
     E_ACT, E_ACT_STRIDE, E_OUT, E_OUT_STRIDE, E_HIDDEN, E_FF, E_FF_TILES, E_HIDDEN_TILES,
     E_SWIGLU_FN, E_SWIGLU_OP, E_SWIGLU_UNITS,
-) = range(8, 32)  # fmt: skip
+) = range(8, 29)  # fmt: skip
+
+# A row of that table: kernels, where up and down begin in a record.
+X_GATE_FN, X_UP_FN, X_DOWN_FN, X_UP_OFFSET, X_DOWN_OFFSET = range(5)
+X_FIELDS = 5
 
 # Fields of the frame: one call of the team. The first two are known to the op kernels (abi.py).
-F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS, F_HINTS = range(6)
+# F_THREADS: how many of the team walk, the first ones; 0 is all.
+F_N_TOKENS, F_POSITION, F_PASS, F_FIRST_LOGIT, F_N_LOGITS, F_HINTS, F_THREADS = range(7)
 FRAME_FIELDS = 16
 
 # Control cells, one cache line each: barrier, stop flag, time thread 0 waited for weights, groups

@@ -154,10 +154,15 @@ def serve_kernel(
         n_ops = arg(order, rows.O_N_ROWS)
         if n_ops < 0:
             return
-        walk(
-            tid, threads, control, arg(order, rows.O_FRAME), arg(order, rows.O_ROWS), n_ops,
-            arg(order, rows.O_COUNTERS), arg(order, rows.O_STREAMS),
-        )  # fmt: skip
+        frame = arg(order, rows.O_FRAME)
+        walkers = arg(frame, rows.F_THREADS)
+        if walkers <= 0 or walkers > threads:
+            walkers = threads
+        if tid < walkers:
+            walk(
+                tid, walkers, control, frame, arg(order, rows.O_ROWS), n_ops,
+                arg(order, rows.O_COUNTERS), arg(order, rows.O_STREAMS),
+            )  # fmt: skip
         if atomic_add(through_at, 1) == threads - 1:
             store_int(through_at, 0)
             store_release(control + rows.C_ENDED * rows.CELL, number)

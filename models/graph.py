@@ -61,7 +61,7 @@ class WeightSource(Protocol):
     def matrix(self, name: str) -> Matrix:
         """A matrix as its segments."""
 
-    def expert_record(self, layer: int) -> Experts:
+    def experts_of(self, layer: int) -> Experts:
         """Formats and offsets of a layer's experts."""
 
 
@@ -222,8 +222,9 @@ class _Wiring:
         """x += sum_j p_j * expert_j(h) over the experts the router chooses, h = norm(x)."""
         spec, at, builder = self.spec, f"blk.{layer}.", self.builder
         router = self.weights.matrix(f"{at}ffn_gate_inp.weight")
-        record = self.weights.expert_record(layer)
-        self.normed(f"{at}ffn_norm.weight", router.format, record.gate_format, record.up_format)
+        experts = self.weights.experts_of(layer)
+        shape = experts.shapes[0]  # all read alike
+        self.normed(f"{at}ffn_norm.weight", router.format, shape.gate_format, shape.up_format)
         x = self.input_of("normed", router.format)
         builder.matmul(router, x, self.rows("router"), self.index)
         builder.barrier()
@@ -240,7 +241,7 @@ class _Wiring:
         # No barrier: who groups the pairs also collects the first wave.
         builder.group(layer, ids.address, spec.num_experts_per_tok, spec.num_experts)
         self.hint(layer + 1)
-        self.experts(layer, record)
+        self.experts(layer, experts)
         builder.barrier()
         x, out = self.rows("x"), self.rows("expert_out")
         arguments = moe_combine_op(
@@ -279,21 +280,21 @@ class _Wiring:
                 spec.num_experts,
             )  # fmt: skip
 
-    def experts(self, layer: int, record: Experts) -> None:
+    def experts(self, layer: int, experts: Experts) -> None:
         """expert_out[pair] = W_down (silu(W_gate h) * W_up h) for every routed pair."""
-        width = record.intermediate_size
+        width, shape = experts.intermediate_size, experts.shapes[0]
         pairs = self.rows("wave_pairs").address
-        arguments = self.activation(record.down_format, width, pairs)
+        arguments = self.activation(shape.down_format, width, pairs)
         row = self.swiglu_rows[layer]
         row[8 : 8 + len(arguments)] = arguments
         inputs = (
-            self.input_of("normed", record.gate_format),
-            self.input_of("normed", record.up_format),
-            self.input_of("act", record.down_format),
+            self.input_of("normed", shape.gate_format),
+            self.input_of("normed", shape.up_format),
+            self.input_of("act", shape.down_format),
         )
         outputs = (self.rows("gate"), self.rows("up"), self.rows("expert_out"))
         self.builder.experts(
-            record, self.spec.num_experts, inputs, outputs,
+            experts, self.spec.num_experts, inputs, outputs,
             (swiglu_kernel, int(row.ctypes.data), units_per_row(width)),
         )  # fmt: skip
 

@@ -170,19 +170,20 @@ def damaged(manifest: Manifest, start: int, stop: int) -> FormatError:
 
 def _pieces(tensor: TensorEntry, start: int, stop: int) -> Iterator[str]:
     """What of a tensor lies between two bytes of the file: name, and rows, part or expert."""
-    count = tensor.shape[0] if tensor.stride else 1
+    is_stack = tensor.stride or tensor.matrices
     places = [(extent, f"part {i} of ") for i, extent in enumerate(tensor.parts)]
-    if tensor.stride:
-        places = [(tensor.matrix(i), f"expert {i} of ") for i in range(count)]
+    if is_stack:
+        experts = [tensor.matrix(i).extent for i in range(tensor.shape[0])]
+        places = [(extent, f"expert {i} of ") for i, extent in enumerate(experts)]
+    rows = prod(tensor.shape[:-1]) // (tensor.shape[0] if is_stack else 1)
     for extent, what in places or [(tensor.extent, "")]:
         low, high = max(start, extent.offset), min(stop, extent.offset + extent.nbytes)
         if low < high:
-            yield _rows(tensor, extent, low, high) + what + tensor.name
+            yield _rows(tensor, rows, extent, low, high) + what + tensor.name
 
 
-def _rows(tensor: TensorEntry, extent: Extent, low: int, high: int) -> str:
-    """Which rows of a matrix are in bytes `low` to `high` of the file; nothing of a vector."""
-    rows = prod(tensor.shape[:-1]) // (tensor.shape[0] if tensor.stride else 1)
+def _rows(tensor: TensorEntry, rows: int, extent: Extent, low: int, high: int) -> str:
+    """Which of `rows` rows are in bytes `low` to `high` of the file; nothing of a vector."""
     if len(tensor.shape) == 1:
         return ""
     group = 1 if tensor.layout == "rows" else TILE_ROWS

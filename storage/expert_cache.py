@@ -7,7 +7,8 @@ layer uses leaves last under all of them, so that nothing hangs on how far the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,10 @@ import numpy.typing as npt
 
 from edgert.storage.expert_policy import ExpertPolicy
 
-__all__ = ["Admission", "AdmissionPlan", "admit", "plan_admission", "plan_admission_ref"]
+__all__ = [
+    "Admission", "AdmissionPlan", "SlotSizes", "admit", "fitting", "plan_admission",
+    "plan_admission_ref", "plan_sized_admission", "that_fit",
+]  # fmt: skip
 
 
 # Ranks of slots that are not compared by their policy's; what policies say lies between them.
@@ -42,6 +46,23 @@ class AdmissionPlan:
     waiting: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotSizes:
+    """Bytes of records (n_keys,) and of slots (n_slots,), where there are several sizes."""
+
+    records: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, records: npt.NDArray[np.int64] | None, slots: npt.NDArray[np.int64]
+    ) -> SlotSizes | None:
+        """None where all records are of one size, and so are slots."""
+        if records is None or not len(slots) or records.min() == records.max():
+            return None
+        return cls(records.reshape(-1), slots)
+
+
 def admit(
     policy: ExpertPolicy,
     wanted: Sequence[int],
@@ -49,6 +70,7 @@ def admit(
     stamps: npt.NDArray[np.int64],
     busy: npt.NDArray[np.bool_],
     soon: Sequence[int] = (),
+    sizes: SlotSizes | None = None,
 ) -> AdmissionPlan:
     """Slots for the missing experts `wanted`, by a policy, which learns of the uses and misses.
 
@@ -60,7 +82,10 @@ def admit(
     rank = np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
     if soon:
         rank[np.isin(owner, soon)] = _CURRENT
-    plan = plan_admission(wanted, owner, rank, busy)
+    if sizes is None:
+        plan = plan_admission(wanted, owner, rank, busy)
+    else:
+        plan = plan_sized_admission(wanted, owner, rank, busy, sizes)
     policy.missed(len(plan.admitted))
     return plan
 
@@ -84,6 +109,64 @@ def plan_admission(
     owners = owner[slots].tolist()
     admitted = tuple(map(Admission, wanted, slots, owners))
     return AdmissionPlan(admitted, tuple(wanted[len(admitted) :]))
+
+
+def plan_sized_admission(
+    wanted: Sequence[int],
+    owner: npt.NDArray[np.int64],
+    rank: npt.NDArray[np.float64],
+    busy: npt.NDArray[np.bool_],
+    sizes: SlotSizes,
+) -> AdmissionPlan:
+    """As `plan_admission`, but each expert gets a slot that is as large as its record. Pure.
+
+    The largest choose first, so all get one if there is any way. Of free slots the smallest that
+    fits is taken: with a slot for each expert, each finds one of its own size.
+    """
+    rank, busy = np.maximum(rank, _LOWEST), busy.copy()
+    need = sizes.records[list(wanted)]
+    slot_of: dict[int, int] = {}
+    for nbytes in sorted(set(need.tolist()), reverse=True):
+        keys = [key for key, n in zip(wanted, need.tolist(), strict=True) if n == nbytes]
+        fits = ~busy & (sizes.slots >= nbytes)
+        free = np.flatnonzero(fits & (owner < 0))
+        free = free[np.argsort(sizes.slots[free], kind="stable")][: len(keys)]
+        tenants = np.where(fits & (owner >= 0), rank, _BUSY)
+        slots = [*free.tolist(), *_first(tenants, len(keys) - len(free)).tolist()]
+        busy[slots] = True
+        slot_of |= dict(zip(keys, slots, strict=False))
+    return AdmissionPlan(
+        tuple(Admission(key, slot_of[key], int(owner[slot_of[key]])) for key in slot_of),
+        tuple(key for key in wanted if key not in slot_of),
+    )
+
+
+def fitting(
+    keys: Iterable[int], sizes: SlotSizes, free: npt.NDArray[np.bool_], before: Iterable[int] = ()
+) -> list[int]:
+    """Those of `keys` that can have a `free` slot each, (n_slots,) bool, once `before` have theirs;
+    who comes first is served first. Pure.
+    """
+    left, found = np.sort(sizes.slots[free]).tolist(), []
+    waiting = [*before]
+    for key in (*waiting, *keys):
+        at = bisect_left(left, int(sizes.records[key]))  # the smallest is what others miss least
+        if at < len(left):
+            left.pop(at)
+            found.append(key)
+    return found[len(waiting) :]
+
+
+def that_fit(
+    layers: Sequence[npt.NDArray[np.int64]], sizes: SlotSizes
+) -> list[npt.NDArray[np.int64]]:
+    """Of experts of each layer those that find a slot each while none leaves one."""
+    if not len(layers):
+        return []
+    each, free = len(sizes.records) // len(layers), np.ones(len(sizes.slots), np.bool_)
+    wanted = [layer * each + e for layer, part in enumerate(layers) for e in part.tolist()]
+    keys = np.array(fitting(wanted, sizes, free), np.int64)
+    return [keys[keys // each == layer] % each for layer in range(len(layers))]
 
 
 def _first(rank: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:

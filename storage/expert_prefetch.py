@@ -53,19 +53,20 @@ class PrefetchCounts:
 
 
 class Trial:
-    """Whether passes are faster with hints."""
+    """Whether passes are faster one way than the other: with hints, or on fewer threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: int = _TURN) -> None:
+        self._turn = turn  # passes one way before the next go the other
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
         self._verdict = True
         self._holds = 0  # passes for which the verdict does
 
     @property
     def on(self) -> bool:
-        """Whether the next pass is to have hints."""
+        """Whether the next pass is to go that way."""
         if self._holds:
             return self._verdict
-        return sum(map(len, self._seconds.values())) // _TURN % 2 == 0
+        return sum(map(len, self._seconds.values())) // self._turn % 2 == 0
 
     def add(self, seconds: float) -> None:
         """A pass of one token took so long."""
@@ -73,7 +74,7 @@ class Trial:
             self._holds -= 1
             return
         self._seconds[self.on].append(seconds)
-        if sum(map(len, self._seconds.values())) == 2 * _TURN * _TURNS:
+        if sum(map(len, self._seconds.values())) == 2 * self._turn * _TURNS:
             self._verdict = median(self._seconds[True]) <= _WORTH * median(self._seconds[False])
             self._seconds = {True: [], False: []}
             self._holds = _HOLDS
@@ -91,6 +92,9 @@ class Prefetcher:
         self._loaded: dict[int, int] = {}  # keys in a slot, not wanted yet -> when they are due
         self._verdicts: deque[bool] = deque(maxlen=_JUDGED)
         self._trial = Trial()
+        # A core without a compute thread may be worth more to those that read and place. Turns of
+        # another length than those of hints, so that neither is taken for the other.
+        self.spare = Trial(turn=2)
         self._rest = 0  # passes without hints that are left
         self._rests = 0
 
@@ -143,6 +147,8 @@ class Prefetcher:
 
     def pass_ended(self, tokens: int, seconds: float) -> None:
         """Switch off for a while what was wrong too often, or slow; begin again after it."""
+        if tokens == 1:
+            self.spare.add(seconds)
         if self.allowed and not self._rest and tokens == 1:
             self._trial.add(seconds)
         if self._rest:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgert.storage.expert_cache import Admission, admit
+from edgert.storage.expert_cache import Admission, SlotSizes, admit, fitting
 from edgert.storage.expert_policy import ExpertPolicy, Lru
 from edgert.storage.window import Window
 
@@ -30,13 +30,18 @@ class ExpertSlots:
     """
 
     def __init__(
-        self, shape: tuple[int, int], window: Window, policy_for: PolicyFor | None
+        self,
+        shape: tuple[int, int],
+        window: Window,
+        policy_for: PolicyFor | None,
+        record_bytes: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.addresses: npt.NDArray[np.int64] = np.zeros(shape, np.int64)  # 0: not resident
         self.last_used: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
         self.address = self.addresses.reshape(-1)  # the same memory, by key
         self.stamps = self.last_used.reshape(-1)
-        self.window = window
+        self._record_bytes = record_bytes  # [layers, experts]; None: any slot holds any expert
+        self._use(window)
         self.owner = np.full(window.n_slots, -1, np.int64)  # keys
         self.slot_of = np.full(len(self.stamps), -1, np.int64)  # the inverse of `owner`
         self.set_policy(policy_for or (lambda _slots: Lru(shape)))
@@ -57,8 +62,18 @@ class ExpertSlots:
         kept = self.owner[: window.n_slots]
         self.owner = np.full(window.n_slots, -1, np.int64)
         self.owner[: len(kept)] = kept
-        self.window = window
+        self._use(window)
         self.set_policy(self._policy_for)
+
+    def _use(self, window: Window) -> None:
+        self.window = window
+        self.sizes = SlotSizes.of(self._record_bytes, window.sizes)
+
+    def fitting(self, keys: Sequence[int], before: Sequence[int], busy: _Bits) -> Sequence[int]:
+        """Those of `keys` that can have a slot that is not busy, once `before` have one."""
+        if self.sizes is None:
+            return keys[: max(int(np.count_nonzero(~busy)) - len(before), 0)]
+        return fitting(keys, self.sizes, ~busy, before)
 
     def held(self, keys: Iterable[int]) -> npt.NDArray[np.int64]:
         """The slots of those that have one."""
@@ -70,7 +85,7 @@ class ExpertSlots:
         self, keys: Sequence[int], busy: _Bits, soon: Sequence[int] = ()
     ) -> tuple[Admission, ...]:
         """Give slots to experts, but none that is `busy` (n_slots,); as many as there are."""
-        plan = admit(self.policy, keys, self.owner, self.stamps, busy, soon)
+        plan = admit(self.policy, keys, self.owner, self.stamps, busy, soon, self.sizes)
         for item in plan.admitted:
             if item.evicted >= 0:
                 self.address[item.evicted] = 0

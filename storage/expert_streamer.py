@@ -51,6 +51,7 @@ _WAKE = bytes(8)
 
 PartsOf = Callable[[int, int], Sequence[Extent]]  # (layer, expert) -> what to read, each at once
 PlaceExpert = Callable[[int, int, int, Bytes, Bytes], None]  # layer, expert, part, raw, slot
+RoomOf = Callable[[int, int, int, Bytes], Bytes | None]  # layer, expert, part, slot
 
 
 class ExpertStreamer:
@@ -60,7 +61,10 @@ class ExpertStreamer:
     threads work on one expert; `place(layer, expert, part, raw, slot)` gets the exact bytes of one
     part and the whole slot, in a thread of the team, and should release the GIL. Works with any
     number of slots from 1. One consumer at a time. `policy_for` gives the policy of eviction, LRU
-    without it; it changes time, never what a slot holds.
+    without it; it changes time, never what a slot holds. `record_bytes` [n_layers, n_experts]: what
+    each takes of a slot, where slots have several sizes; one at least must hold any record.
+    `room(layer, expert, part, slot)` is where a part that lies in the file as in its slot is read
+    to, None for one that has to be placed.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class ExpertStreamer:
         staging: Sequence[Bytes],
         place: PlaceExpert,
         policy_for: PolicyFor | None = None,
+        record_bytes: npt.NDArray[np.int64] | None = None,
+        room: RoomOf = lambda _layer, _expert, _part, _slot: None,
     ) -> None:
         n_layers, n_experts = shape
         self.shape = (n_layers, n_experts)
@@ -80,11 +86,12 @@ class ExpertStreamer:
         self.state = self.board[2 + n_experts : 2 + 2 * n_experts]
         self.group_address = self.board[2 + 2 * n_experts :]
         self.state[:] = DONE
-        self.slots = ExpertSlots(shape, window, policy_for)
+        self.slots = ExpertSlots(shape, window, policy_for, record_bytes)
         self.slot_address, self.last_used = self.slots.addresses, self.slots.last_used
         self.loads = 0
         self._parts = parts
         self._place = place
+        self._room_of = room
         self._team = ReaderTeam(backend, staging, "edgert-expert")
         self._queue = LoadQueue()
         self._without_slot: list[Load] = []  # those wanted that have none, all of one layer
@@ -106,9 +113,9 @@ class ExpertStreamer:
             self.prefetcher.pass_ended(tokens, seconds)
 
     @property
-    def hinting(self) -> bool:
-        """Whether compiled code is to post hints in the next pass."""
-        return self.prefetcher.on and self.slots.window.n_slots < self.shape[0] * self.shape[1]
+    def may_miss(self) -> bool:
+        """Whether there are fewer slots than experts."""
+        return self.slots.window.n_slots < self.shape[0] * self.shape[1]
 
     @property
     def failed(self) -> npt.NDArray[np.int64]:
@@ -126,11 +133,6 @@ class ExpertStreamer:
         return self._team.read_bytes
 
     @property
-    def read_ns(self) -> int:
-        """Time spent in reads, summed over the threads."""
-        return self._team.read_ns
-
-    @property
     def busy_ns(self) -> int:
         """Time during which at least one read was under way."""
         return self._team.busy_ns
@@ -138,7 +140,7 @@ class ExpertStreamer:
     def start(self) -> None:
         """Begin answering requests."""
         assert not self._closed and not self._team.running
-        self._team.start_pipeline(self._take, self._fill, excuse=self._go_on_without)
+        self._team.start_pipeline(self._take, self._fill, self._into, self._go_on_without)
 
     def raise_if_failed(self) -> None:
         """Raise the error a thread met (`StorageError` with file and offset for a failed read)."""
@@ -258,7 +260,7 @@ class ExpertStreamer:
         wrong = {key for key in self._queue.queued_ahead() if first <= key < end} - keys.keys()
         self._give_up(self._queue.drop(wrong))
         wanted = [key for key in keys if key not in loads or loads[key].due]
-        for key in wanted[: self._room(len(wanted)) if wanted else 0]:
+        for key in self._with_room(wanted):
             load = loads.get(key)
             if load is not None:
                 self._claim(load)
@@ -267,13 +269,14 @@ class ExpertStreamer:
             self._without_slot.append(load)
         return self._queue.takers > 0
 
-    def _room(self, wanted: int) -> int:
-        """Slots there will be for what is wanted, exactly where they are fewer than `wanted`."""
-        n_slots = self.slots.window.n_slots
-        room = n_slots - len(self._queue.loads) - int(self.board[1])
-        if room < wanted:  # so few that they have to be counted
-            room = n_slots - int(np.count_nonzero(self._busy())) - len(self._without_slot)
-        return max(room, 0)
+    def _with_room(self, wanted: Sequence[int]) -> Sequence[int]:
+        """Those of what is wanted for which there will be slots."""
+        slots = self.slots
+        room = slots.window.n_slots - len(self._queue.loads) - int(self.board[1])
+        if not wanted or (slots.sizes is None and room >= len(wanted)):
+            return wanted
+        # Of several sizes, or so few that they have to be counted.
+        return slots.fitting(wanted, [load.key for load in self._without_slot], self._busy())
 
     def _busy(self) -> npt.NDArray[np.bool_]:
         """Slots that may not be taken: being filled, or on the board and not DONE.
@@ -325,6 +328,18 @@ class ExpertStreamer:
                 self.slots.move_out(load.key)
                 self.prefetcher.dropped()
 
+    def _into(self, job: Job) -> Bytes | None:
+        """Where a part is to be read to: its place in the slot, or staging.
+
+        Slots are not chosen before the disk has something to do; what it does first is placed.
+        """
+        load, where = job.load, (*divmod(job.load.key, self.shape[1]), job.part)
+        with self._team.lock:
+            if load.slot < 0 and self._team.reading:
+                self._assign(load)
+            slot = load.slot
+        return None if slot < 0 else self._room_of(*where, self.slots.window.view(slot))
+
     # ---- the threads that place -------------------------------------------------------------
 
     def _fill(self, job: Job, raw: list[Bytes]) -> None:
@@ -336,7 +351,8 @@ class ExpertStreamer:
                 self._give_back(job)
                 return
         view = self.slots.window.view(load.slot)
-        self._place(*divmod(load.key, self.shape[1]), job.part, raw[0], view)
+        if not np.may_share_memory(view, raw[0]):
+            self._place(*divmod(load.key, self.shape[1]), job.part, raw[0], view)
         with self._team.lock:
             if self._queue.placed(job):
                 self._give_up([load])

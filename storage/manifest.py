@@ -41,16 +41,20 @@ class TensorEntry:
     significant bits first: part 0 holds the scales and `part_bits[0]` bits of each code, and so on.
     `extent` then has the offset of part 0 and the bytes of all parts. A base (`base`) is such a
     matrix with the first parts only, in a format of its own.
+
+    In a mixed stack each of the E matrices, in tiles, has a format and an extent of its own
+    (`matrices`); `format` is that of the first, `extent` has its offset and the bytes of all.
     """
 
     name: str
     format: QuantFormat
     shape: tuple[int, ...]
     extent: Extent
-    layout: Literal["rows", "tiles", "nested"] = "rows"
+    layout: Literal["rows", "tiles", "nested", "mixed"] = "rows"
     stride: int = 0  # bytes from one matrix of a stack in tiles to the next
     parts: tuple[Extent, ...] = ()
     part_bits: tuple[int, ...] = ()  # together those of a code
+    matrices: tuple[tuple[QuantFormat, Extent], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +65,11 @@ class TensorEntry:
     def parameters(self) -> int:
         """Number of weights."""
         return prod(self.shape)
+
+    @property
+    def formats(self) -> tuple[QuantFormat, ...]:
+        """Each of its formats once: one, or several of a mixed stack."""
+        return tuple(dict.fromkeys(fmt for fmt, _ in self.matrices)) or (self.format,)
 
     @property
     def base_bits(self) -> tuple[int, ...]:
@@ -116,12 +125,17 @@ class TensorEntry:
         assert self.layout == "tiles" and len(self.shape) == 2, (self.name, self.layout, self.shape)
         return _tiles_of(at, self.shape[0], first, stop)
 
-    def matrix(self, index: int) -> Extent:
-        """The extent of one matrix of a stack (E, M, K)."""
-        at = self.extent
-        if self.layout == "tiles":
-            return Extent(at.file_index, at.offset + index * self.stride, at.nbytes)
-        return self.rows(index * self.shape[1], (index + 1) * self.shape[1])
+    def matrix(self, index: int) -> TensorEntry:
+        """One matrix of a stack (E, M, K), as an entry of its own."""
+        fmt, at = self.format, self.extent
+        if self.layout == "rows":
+            found = self.rows(index * self.shape[1], (index + 1) * self.shape[1])
+            return TensorEntry(self.name, fmt, self.shape[1:], found)
+        if self.matrices:
+            fmt, found = self.matrices[index]
+        else:
+            found = Extent(at.file_index, at.offset + index * self.stride, at.nbytes)
+        return TensorEntry(self.name, fmt, self.shape[1:], found, "tiles")
 
 
 def _tiles_of(matrix: Extent, rows: int, first: int, stop: int) -> Extent:

@@ -7,7 +7,7 @@ not know what a tensor is for, nor how its bytes are made (edgert/pack.py).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -45,7 +45,9 @@ OLD_CHUNK_BYTES = MIB  # of data for each checksum in version 1, which is read b
 PAGE = 4096  # tensors and records begin at multiples of it; of data for each checksum
 PART = 64  # gate, up and down of a record do at multiples of this
 # By their number in the file.
-LAYOUTS: tuple[Literal["rows", "tiles", "nested"], ...] = ("rows", "tiles", "nested")
+LAYOUTS: tuple[Literal["rows", "tiles", "nested", "mixed"], ...] = (
+    "rows", "tiles", "nested", "mixed",
+)  # fmt: skip
 PARTS_MAX = 4
 PLANE_TYPES = 4096  # type ids of plane formats: this + 256 * bits + group
 
@@ -53,7 +55,7 @@ _SUM_STEPS = {1: OLD_CHUNK_BYTES, VERSION: PAGE}  # by version
 
 HEADER = Struct("<8sIIQQQIIIQI")
 _SUM = Struct("<I")
-_PART = Struct("<IQQ")  # of a nested matrix: bits, offset, bytes
+_PART = Struct("<IQQ")  # bits of a part or format of a matrix, offset, bytes
 _READ_BYTES = 256 * 1024  # of the index at a time: what a budget must hold beside the result
 _TENSORS_MAX = 1 << 17
 _MATRICES_MAX = 1 << 20  # matrices of stacks counted one by one
@@ -139,7 +141,7 @@ def _encode_entry(tensor: TensorEntry) -> bytes:
             *(size.to_bytes(8, "little") for size in sizes),
             type_id_of(tensor.format).to_bytes(4, "little"),
             LAYOUTS.index(tensor.layout).to_bytes(4, "little"),
-            max(1, len(tensor.parts)).to_bytes(4, "little"),
+            max(1, len(tensor.parts), len(tensor.matrices)).to_bytes(4, "little"),
             tensor.extent.offset.to_bytes(8, "little"),
             tensor.extent.nbytes.to_bytes(8, "little"),
             tensor.stride.to_bytes(8, "little"),
@@ -147,6 +149,7 @@ def _encode_entry(tensor: TensorEntry) -> bytes:
                 _PART.pack(bits, part.offset, part.nbytes)
                 for bits, part in zip(tensor.part_bits, tensor.parts, strict=True)
             ),
+            *(_PART.pack(type_id_of(fmt), m.offset, m.nbytes) for fmt, m in tensor.matrices),
         ]
     )
 
@@ -233,12 +236,9 @@ def read_header(raw: bytes, path: Path, size: int) -> PackHeader:
     header = PackHeader(version, file_bytes, index_bytes, data_offset, index_crc)
     rest = index_bytes - 4 * header.n_sums
     if not 0 <= rest <= HEADER_MAX - HEADER.size:
-        raise FormatError(
-            path,
-            f"the index has {rest:,} bytes beside its checksums; the most is "
-            f"{format_bytes(HEADER_MAX)}",
-            24,
-        )
+        most = format_bytes(HEADER_MAX)
+        text = f"the index has {rest:,} bytes beside its checksums; the most is {most}"
+        raise FormatError(path, text, 24)
     return header
 
 
@@ -269,8 +269,8 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
         raise reader.error(f"{what} has the impossible shape {sizes}", at)
     reader.check_rows(name, sizes[0], fmt, at)
     layout, n_parts = reader.u32(what), reader.u32(what)
-    nested = layout == LAYOUTS.index("nested")
-    if layout >= len(LAYOUTS) or not (2 <= n_parts <= PARTS_MAX if nested else n_parts == 1):
+    least, most = {2: (2, PARTS_MAX), 3: (1, _MATRICES_MAX)}.get(layout, (1, 1))
+    if layout >= len(LAYOUTS) or not least <= n_parts <= most:
         raise UnsupportedError(
             f"{reader.path}: {name!r} has layout {layout} in {n_parts} parts, "
             "which this edgert does not read; update edgert or pack the model again"
@@ -280,7 +280,9 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
     entry = TensorEntry(
         name, fmt, tuple(reversed(sizes)), extent, LAYOUTS[layout], reader.u64(what)
     )
-    if nested:
+    if entry.layout == "mixed":
+        return _read_mixed(reader, entry, n_parts, at)
+    if entry.layout == "nested":
         found = [(reader.u32(what), reader.u64(what), reader.u64(what)) for _ in range(n_parts)]
         parts = tuple(Extent(0, offset, nbytes) for _, offset, nbytes in found)
         entry = replace(entry, parts=parts, part_bits=tuple(bits for bits, _, _ in found))
@@ -288,6 +290,32 @@ def _read_entry(reader: HeaderReader, what: str) -> TensorEntry:
     else:
         _check_entry(reader, entry, at)
     return entry
+
+
+def _read_mixed(reader: HeaderReader, entry: TensorEntry, count: int, at: int) -> TensorEntry:
+    """The formats and places of the matrices of a mixed stack, checked as they are read."""
+    what, shape = f"tensor {entry.name!r}", entry.shape
+    if len(shape) != 3 or count != shape[0]:
+        raise reader.error(f"{what} of shape {shape} is mixed of {count:,} matrices", at)
+    reader.check_count(count, _PART.size, _MATRICES_MAX, f"matrices of {what}")
+    matrices = []
+    for i in range(count):
+        fmt, offset, nbytes = _format(reader, entry.name), reader.u64(what), reader.u64(what)
+        reader.check_rows(entry.name, shape[-1], fmt, at)
+        wanted = tiles_bytes(fmt, *shape[1:])
+        if nbytes != wanted or offset % PART:
+            raise reader.error(
+                f"matrix {i} of {what} has {nbytes:,} bytes of {fmt.name} at {offset:,}, "
+                f"not {wanted:,} at a multiple of {PART}", at,
+            )  # fmt: skip
+        matrices.append((fmt, Extent(0, offset, nbytes)))
+    first, total = matrices[0], sum(extent.nbytes for _, extent in matrices)
+    whole = entry.extent
+    if (entry.format, whole.offset, whole.nbytes, entry.stride) != (
+        first[0], first[1].offset, total, 0,
+    ):  # fmt: skip
+        raise reader.error(f"{what} is not what its matrices are", at)
+    return replace(entry, matrices=tuple(matrices))
 
 
 def _format(reader: HeaderReader, name: str) -> QuantFormat:
@@ -343,10 +371,15 @@ def _check_parts(reader: HeaderReader, entry: TensorEntry, at: int) -> None:
         raise reader.error(f"{what} is not where its parts are", at)
 
 
+def _extents(entry: TensorEntry) -> Sequence[Extent]:
+    """What a tensor takes of the file; of a stack in tiles, its first matrix."""
+    return entry.parts or [extent for _, extent in entry.matrices] or (entry.extent,)
+
+
 def _check_extents(path: Path, header: PackHeader, tensors: Mapping[str, TensorEntry]) -> None:
     """Every matrix inside the data, and no two of them over the same bytes."""
     spans: list[tuple[int, int, str]] = []
-    for entry, extent in ((e, x) for e in tensors.values() for x in e.parts or (e.extent,)):
+    for entry, extent in ((e, x) for e in tensors.values() for x in _extents(e)):
         count = entry.shape[0] if entry.stride else 1
         at, nbytes = extent.offset, extent.nbytes
         end = at + (count - 1) * entry.stride + nbytes

@@ -69,6 +69,11 @@ class ReaderTeam:
         return len(self._staging)
 
     @property
+    def reading(self) -> bool:
+        """True while a read is under way."""
+        return self._reading > 0
+
+    @property
     def running(self) -> bool:
         """True while there are threads, stopping ones included."""
         return bool(self._threads)

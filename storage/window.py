@@ -1,4 +1,4 @@
-"""The window: a region cut into slots of one size, each holding one extent at a time.
+"""The window: a region cut into slots, each holding one extent at a time.
 
 Owns: the addresses of the slots. Must not know what is in them nor when they change hands; the
 streamers decide that.
@@ -15,31 +15,44 @@ __all__ = ["Window"]
 
 
 class Window:
-    """`n_slots` slots of `slot_bytes` bytes over a uint8 region, at addresses that are aligned.
+    """Slots over a uint8 region, one after another at addresses that are aligned.
 
-    The slot size must be a multiple of `alignment`, the region must start at one; what is left
-    of the region behind the last slot is not used.
+    `slot_bytes`: the size of all, as many as there is room for, or of each one (n_slots,). Sizes
+    must be multiples of `alignment`, the region must start at one; what is left of the region
+    behind the last slot is not used.
     """
 
     def __init__(
-        self, region: npt.NDArray[np.uint8], slot_bytes: int, alignment: int = ALIGNMENT
+        self,
+        region: npt.NDArray[np.uint8],
+        slot_bytes: int | npt.NDArray[np.int64],
+        alignment: int = ALIGNMENT,
     ) -> None:
         assert region.dtype == np.uint8 and region.ndim == 1 and region.flags.c_contiguous
-        assert slot_bytes > 0 and slot_bytes % alignment == 0, (slot_bytes, alignment)
         assert region.ctypes.data % alignment == 0, "the region is not aligned"
-        assert region.nbytes >= slot_bytes, (region.nbytes, slot_bytes)
-        self.slot_bytes = slot_bytes
-        self.n_slots = region.nbytes // slot_bytes
+        if isinstance(slot_bytes, int):
+            assert 0 < slot_bytes <= region.nbytes, (region.nbytes, slot_bytes)
+            slot_bytes = np.full(region.nbytes // slot_bytes, slot_bytes)
+        self.sizes = slot_bytes
+        assert (self.sizes > 0).all() and not (self.sizes % alignment).any(), alignment
+        self._begin: npt.NDArray[np.int64] = np.cumsum(self.sizes) - self.sizes
+        self.n_slots = len(self.sizes)
+        assert self.n_slots and self.sizes.sum() <= region.nbytes, (region.nbytes, self.sizes)
         self._bytes = region
         self._address = int(region.ctypes.data)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the smallest slot."""
+        return int(self.sizes.min())
 
     def address(self, slot: int) -> int:
         """Address of the first byte of `slot`."""
         assert 0 <= slot < self.n_slots, slot
-        return self._address + slot * self.slot_bytes
+        return self._address + int(self._begin[slot])
 
     def view(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of `slot`, writable."""
         assert 0 <= slot < self.n_slots, slot
-        first = slot * self.slot_bytes
-        return self._bytes[first : first + self.slot_bytes]
+        first = int(self._begin[slot])
+        return self._bytes[first : first + int(self.sizes[slot])]

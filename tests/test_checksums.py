@@ -104,7 +104,7 @@ def test_what_lies_somewhere_has_a_name(packs: dict[str, Path]) -> None:
     table = manifest.tensors["token_embd.weight"]
     assert at("nested", table.rows(5, 6).offset) == "row 5 of token_embd.weight"
     stack = edgert.read_manifest(packs["experts"]).tensors["blk.1.ffn_down_exps.weight"]
-    inside_it = stack.matrix(3).offset
+    inside_it = stack.matrix(3).extent.offset
     assert at("experts", inside_it) == "rows 0 to 15 of expert 3 of blk.1.ffn_down_exps.weight"
     assert at("experts", 64) == "padding"
 
@@ -161,7 +161,7 @@ def test_what_is_read_while_running_is_compared(
         if kind == "experts":
             stack = manifest.tensors["blk.1.ffn_up_exps.weight"]
             for i in range(stack.shape[0]):
-                backend.flips[stack.matrix(i).offset + 99] = 1
+                backend.flips[stack.matrix(i).extent.offset + 99] = 1
             with pytest.raises(FormatError, match=r"expert \d+ of blk\.1\.ffn_up_exps"):
                 engine.generate(prompt[::-1], **GREEDY)
             backend.flips.clear()

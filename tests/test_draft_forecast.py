@@ -16,7 +16,7 @@ from edgert.prediction import Prediction, Terms
 from edgert.speculation import Acceptance
 
 WHOLE = TilePlan("whole", 0, 16, 850, (), False)
-BASED = TilePlan("based", 0, 16, 850, (), False, (), 0, Base(4, 1, 450))
+BASED = TilePlan("based", 0, 16, 850, (), False, (), 0, Base(4, 1, 450, 400))
 
 
 def plan_with(*tiles: TilePlan, tokens: int = 64) -> Any:
@@ -81,18 +81,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, ...]:
 def test_what_was_learnt_is_kept(cache: tuple[Path, ...]) -> None:
     plan = plan_with(BASED)
     known = load_acceptance(cache, plan)
-    assert known[True].learnt == 0
-    learn(known[True], 40)
+    assert known.learnt == 0
+    learn(known, 40)
     save_acceptance(cache, plan, known)
-    assert load_acceptance(cache, plan)[True].learnt == 0, "too few to say anything"
-    learn(known[True], 40)
+    assert load_acceptance(cache, plan).learnt == 0, "too few to say anything"
+    learn(known, 40)
     save_acceptance(cache, plan, known)
     again = load_acceptance(cache, plan)
-    assert again[True].state() == known[True].state()
-    assert again[True].mean == known[True].mean == pytest.approx(0.88, abs=0.05)
-    assert load_acceptance(cache, plan_with(BASED, WHOLE))[True].learnt == 0, "other bits"
+    assert again.state() == known.state()
+    assert again.mean == known.mean == pytest.approx(0.88, abs=0.05)
+    assert load_acceptance(cache, plan_with(BASED, WHOLE)).learnt == 0, "other bits"
     cache[0].write_bytes(b"x" * 11)
-    assert load_acceptance(cache, plan)[True].learnt == 0, "another file"
+    assert load_acceptance(cache, plan).learnt == 0, "another file"
 
 
 def test_few_files_are_kept_and_none_where_it_is_off(
@@ -101,30 +101,30 @@ def test_few_files_are_kept_and_none_where_it_is_off(
     monkeypatch.setattr("edgert.acceptance_file._MOST_FILES", 3)
     plan = plan_with(BASED)
     known = load_acceptance(cache, plan)
-    learn(known[True], 80)
+    learn(known, 80)
     folder = acceptance_path(cache, plan).parent
     for size in range(5):
         cache[0].write_bytes(bytes(size))
         save_acceptance(cache, plan, known)
     assert len(list(folder.iterdir())) == 3 and acceptance_path(cache, plan).exists()
     monkeypatch.setenv("EDGERT_ACCEPTANCE", "off")
-    assert load_acceptance(cache, plan)[True].learnt == 0
+    assert load_acceptance(cache, plan).learnt == 0
     cache[0].write_bytes(b"another")
     save_acceptance(cache, plan, known)
     assert not acceptance_path(cache, plan).exists()
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"greedy": {}}', "\0", '{"greedy": 1, "sampled": 2}',
-             '{"greedy": {"tried": [1], "right": [2], "seen": [1, 1], "learnt": 1}}',
-             '{"greedy": {"tried": ["a"], "right": [2], "seen": [1, 1], "learnt": 1}}'],
+    "text", ["", "{}", "[1]", '{"tried": {}}', "\0", '{"tried": 1, "right": 2}',
+             '{"tried": [1], "right": [2], "seen": [1, 1], "learnt": 1}',
+             '{"tried": ["a"], "right": [2], "seen": [1, 1], "learnt": 1}'],
 )  # fmt: skip
 def test_a_file_of_nonsense_counts_as_none(cache: tuple[Path, ...], text: str) -> None:
     plan = plan_with(BASED)
     path = acceptance_path(cache, plan)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert all(known.learnt == 0 for known in load_acceptance(cache, plan).values())
+    assert load_acceptance(cache, plan).learnt == 0
 
 
 def test_a_folder_that_cannot_be_written(
@@ -132,5 +132,5 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     monkeypatch.setattr("edgert.acceptance_file.cache_root", lambda: cache[0] / "no" / "folder")
     known = load_acceptance(cache, plan_with(BASED))
-    learn(known[False], 80)
+    learn(known, 80)
     save_acceptance(cache, plan_with(BASED), known)

@@ -13,8 +13,10 @@ import pytest
 import edgert
 from edgert.draft_walk import Ahead, DraftWalk
 from edgert.errors import StorageError
+from edgert.kernels_cpu.program import Program
 from edgert.model_drafter import ModelDrafter
 from edgert.storage.backend import FileBackend
+from edgert.threads import ThreadTeam
 from tests.test_self_draft import HOW, PROMPT, SIZES, SPARE, by_itself, say, slow_flash
 from tests.tight import tight
 
@@ -40,6 +42,12 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgert.speculation._WORTH_CHANCE", 0.0)
     monkeypatch.setattr("edgert.model_drafter._UNLIKELY", 0.0)
     monkeypatch.setattr(Slow, "broken", False)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass waits long enough for some tokens to be drafted."""
+    monkeypatch.setattr(Slow, "seconds", 0.003)
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def test_the_same_tokens(engine: edgert.Engine, how: Any, ready: list[int]) -> N
 
 
 def test_guesses_are_ready_after_a_pass_that_was_right(
-    engine: edgert.Engine, ready: list[int]
+    engine: edgert.Engine, ready: list[int], late: None
 ) -> None:
     """With drafts of one token all of a draft is often right, and what comes next too."""
     say(engine, temperature=0, draft_max=1)
@@ -88,7 +96,7 @@ def test_guesses_are_ready_after_a_pass_that_was_right(
     assert sum(n > 0 for n in ready) < len(ready), "and at times not"
 
 
-def test_what_is_ready_is_what_would_be_drafted(engine: edgert.Engine) -> None:
+def test_what_is_ready_is_what_would_be_drafted(engine: edgert.Engine, late: None) -> None:
     """Walked beside a pass or by itself, a token's draft has nearly the same logits: keys and
     values of the tokens being verified are those of the base, or already those of all bits.
     """
@@ -116,7 +124,7 @@ def test_what_is_ready_is_what_would_be_drafted(engine: edgert.Engine) -> None:
     )
 
 
-def test_drafting_goes_on_behind_what_is_ready(engine: edgert.Engine) -> None:
+def test_drafting_goes_on_behind_what_is_ready(engine: edgert.Engine, late: None) -> None:
     """Keys and values of tokens drafted beside a pass serve the next draft."""
     forward = engine.forward
     text, guesses = [*PROMPT, 40, 41], iter([42, 43, 44, None])
@@ -130,6 +138,43 @@ def test_drafting_goes_on_behind_what_is_ready(engine: edgert.Engine) -> None:
         assert forward.draft([*text, *walked, 60]) is None
 
 
+def test_a_walk_that_a_pass_left_goes_on(
+    engine: edgert.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was left, to the same bits; but not behind another token or another pass."""
+    forward, text = engine.forward, [*PROMPT, 40, 41]
+    drafts = forward._drafts
+    assert drafts is not None and drafts._program is not None
+    run, walked = ThreadTeam.run, list[int]()
+
+    def counted(self: ThreadTeam, program: Program) -> None:
+        walked.append(len(program.rows))
+        run(self, program)
+
+    monkeypatch.setattr(ThreadTeam, "run", counted)
+    layers, rows = len(drafts._slices), len(drafts._program.rows)
+    for more in (1, layers // 2, layers):
+        forward.evaluate(text, engine.vocab_size)
+        steps = drafts._drafting(Ahead(list(text), lambda _: 42))
+        for _ in range(layers + more):
+            next(steps)
+        walked.clear()
+        found = forward.draft([*text, 42])
+        assert walked == [rows - sum(len(part.rows) for part in drafts._slices[:more])]
+        again = forward.draft([*text, 42])
+        assert walked[1:] == [rows]
+        assert found is not None and again is not None and np.array_equal(found, again)
+    for token in (43, 42):
+        steps = drafts._drafting(Ahead(list(text), lambda _: 42))
+        for _ in range(layers + 1):
+            next(steps)
+        if token == 42:
+            forward.evaluate(text, engine.vocab_size)
+        walked.clear()
+        assert forward.draft([*text, token]) is not None
+        assert walked == [rows]
+
+
 def test_the_end_of_the_context(engine: edgert.Engine) -> None:
     prompt = (PROMPT * 13)[: engine.context_length - 6]
     banned = {engine.tokenizer.eos_id: -1e6}
@@ -140,10 +185,10 @@ def test_the_end_of_the_context(engine: edgert.Engine) -> None:
 
 def test_budgets_that_change_and_reads_that_fail(engine: edgert.Engine) -> None:
     want = say(engine, temperature=0.8, seed=2, speculate=False)
-    walk = DraftWalk.walk_beside
+    walk = DraftWalk.walk_full
     opened, calls = engine.plan.budget_bytes, 0
 
-    def disturbed(self: DraftWalk, ahead: Ahead) -> None:
+    def disturbed(self: DraftWalk, ahead: Ahead | None) -> None:
         nonlocal calls
         calls += 1
         if calls % 3 == 1:
@@ -153,7 +198,7 @@ def test_budgets_that_change_and_reads_that_fail(engine: edgert.Engine) -> None:
         walk(self, ahead)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DraftWalk, "walk_beside", disturbed)
+        patch.setattr(DraftWalk, "walk_full", disturbed)
         for budget in (opened, engine.smallest_budget(), opened + 2**20, opened):
             engine.set_memory_budget(budget)
             try:

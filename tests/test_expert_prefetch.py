@@ -96,7 +96,7 @@ def test_hints_are_the_next_router_applied_to_this_layers_state(tiny_moe_gguf: P
     with tight(tiny_moe_gguf, 2400 * 1024) as engine:
         streamer, control, spec = engine.weights.experts, engine.experts, engine.spec
         assert streamer is not None and control is not None
-        assert streamer.hinting
+        assert streamer.may_miss and streamer.prefetcher.on
         norm = engine.weights.vector_values("blk.1.ffn_norm.weight").astype(np.float64)
         entry = engine._manifest.tensors["blk.1.ffn_gate_inp.weight"]
         raw = engine.weights._read(entry.extent).copy()
@@ -266,6 +266,38 @@ def test_no_bit_depends_on_what_is_read_ahead(
                 assert (stats.ahead_useful, stats.ahead_late, stats.ahead_wasted) == (0, 0, 0)
             assert (stats.hits, stats.misses) == engine.experts.counts
     assert found == [expected(tiny_moe_gguf)[1]] * 3
+
+
+@pytest.mark.parametrize(("fewer", "all_threads"), [(0.9, 1.0), (1.0, 1.0), (1.1, 1.0)])
+def test_a_core_is_left_to_readers_where_passes_are_faster_so(
+    fewer: float, all_threads: float
+) -> None:
+    """Whatever hints cost in their own turns, which are of another length."""
+    prefetcher = Prefetcher((2, 4))
+    prefetcher.allowed = True
+    ways = []
+    for _ in range(200):
+        way = prefetcher.spare.on
+        ways.append(way)
+        hints = 1.5 if prefetcher.on else 1.0
+        prefetcher.pass_ended(1, (fewer if way else all_threads) * hints)
+    assert ways[:32] == [True, True, False, False] * 8
+    assert ways[32:] == [fewer < 0.99] * 168
+    prefetcher.pass_ended(16, 100.0)  # says nothing
+    assert prefetcher.spare.on == (fewer < 0.99)
+
+
+def test_no_bit_depends_on_how_many_threads_walk(tiny_moe_gguf: Path) -> None:
+    with tight(tiny_moe_gguf, 60 * 1024, threads=3, prefill_tokens=1) as engine:
+        walked, found = [], []
+        for on in (True, False):
+            assert engine.weights.experts is not None
+            trial = engine.weights.experts.prefetcher.spare
+            trial._holds, trial._verdict = 10**6, on
+            found.append(answer(engine))
+            walked.append(int(engine.forward._team.frame[rows.F_THREADS]))
+    assert walked == [2, 0]
+    assert found == [expected(tiny_moe_gguf)[1]] * 2
 
 
 @pytest.mark.parametrize(("value", "on"), [("", False), ("off", False), ("on", True)])

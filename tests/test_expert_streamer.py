@@ -71,12 +71,14 @@ N_LAYERS, N_EXPERTS, RECORD = 3, 8, 700
 class Experts:
     """An expert streamer over random records of two parts, and its consumer."""
 
-    def __init__(self, n_slots=4, threads=2, plan=None, n_experts=N_EXPERTS):
+    def __init__(
+        self, n_slots=4, threads=2, plan=None, n_experts=N_EXPERTS, record=RECORD, **options
+    ):
         self.n_experts = n_experts
-        self.data = fill((N_LAYERS, n_experts, RECORD), seed=6)
+        self.data = fill((N_LAYERS, n_experts, record), seed=6)
         self.backend = FaultyBackend(MemoryBackend([self.data.tobytes()], ALIGNMENT), plan)
         self.window = Window(pages(n_slots * 4096), 4096)
-        need = parts_bytes([Extent(0, ALIGNMENT - 1, 400)], ALIGNMENT)  # at the worst place
+        need = parts_bytes([Extent(0, ALIGNMENT - 1, record)], ALIGNMENT)  # at the worst place
         self.streamer = ExpertStreamer(
             self.backend,
             self.parts,
@@ -84,6 +86,7 @@ class Experts:
             self.window,
             [pages(need) for _ in range(threads)],
             self.place,
+            **options,
         )
         self.clock = 0
         self.hits = self.misses = 0

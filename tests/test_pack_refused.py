@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import edgert
 from edgert import EdgertError, FormatError, ModelError, UnsupportedError
 from edgert.opening import open_model
+from edgert.quant.formats import BY_NAME, PLANES
 from edgert.storage import pack
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.pack import HEADER, encode_header, encode_index, read_pack
@@ -29,6 +30,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("pack")
     source = tiny_model("olmoe", "Q4_0", path=folder / "m.gguf")
     edgert.pack_model(source, folder / "m.edgert")
+    return (folder / "m.edgert").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def packed_mixed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """With experts of several formats in the first layer."""
+    folder = tmp_path_factory.mktemp("mixed")
+    source = tiny_model("olmoe", "Q4_0", path=folder / "m.gguf")
+    fmt, two = BY_NAME["Q4_0"], PLANES["P2_32"]
+    edgert.pack_model(source, folder / "m.edgert", formats={EXPERTS: [fmt, two, *[fmt] * 6]})
     return (folder / "m.edgert").read_bytes()
 
 
@@ -131,8 +142,7 @@ def rewritten(path: Path, packed: bytes, change: Callable[[dict[str, TensorEntry
     change(tensors)
     index = encode_index(n_keys, metadata, tensors.values()) + body[len(body) - 4 * n_sums :]
     assert len(index) == index_bytes
-    head = encode_header(len(packed), index, data_offset)
-    return head + index + packed[64 + index_bytes :]
+    return encode_header(len(packed), index, data_offset) + index + packed[64 + index_bytes :]
 
 
 def moved(tensor: str, /, **changes: object) -> Callable[[dict[str, TensorEntry]], None]:
@@ -205,6 +215,84 @@ def test_what_later_versions_may_add(tmp_path: Path, packed: bytes, which: int, 
     refused(tmp_path, sealed(data), word, UnsupportedError)
 
 
+# ----------------------------------------------------------------------------- mixed stacks
+
+
+def matrix(index: int, **changes: object) -> Callable[[dict[str, TensorEntry]], None]:
+    """Another format or place for one expert of EXPERTS, as if the whole were right."""
+
+    def change(tensors: dict[str, TensorEntry]) -> None:
+        entry = tensors[EXPERTS]
+        places = dict(changes)
+        new, (fmt, at) = [*entry.matrices], entry.matrices[index]
+        new[index] = places.pop("format", fmt), replace(at, **places)  # type: ignore[arg-type]
+        tensors[EXPERTS] = replace(
+            entry, matrices=tuple(new), format=new[0][0],
+            extent=Extent(0, new[0][1].offset, sum(m.nbytes for _, m in new)),
+        )  # fmt: skip
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (matrix(3, offset=2**62), r"reaches from byte 4,611,686,018,427,387,904"),
+        (matrix(3, offset=0), "reaches from byte 0"),
+        (matrix(3, offset=2**63), "reaches from byte|not"),
+        (matrix(3, offset=100_001), "matrix 3 of tensor .* at 100,001, not"),
+        (matrix(2, nbytes=64), r"matrix 2 of tensor .* has 64 bytes of Q4_0 at .*, not 36,864"),
+        (matrix(2, nbytes=2**62), r"has 4,611,686,018,427,387,904 bytes of Q4_0"),
+        (matrix(1, format=BY_NAME["Q8_0"]), r"matrix 1 of .* bytes of Q8_0 at .*, not 69,632"),
+        (matrix(0, format=PLANES["P4_128"]), "bytes of P4_128"),
+        (moved(EXPERTS, offset=8192), "is not what its matrices are"),
+        (moved(EXPERTS, nbytes=8192), "is not what its matrices are"),
+        (moved(EXPERTS, stride=4096), "is not what its matrices are"),
+        (moved(EXPERTS, format=BY_NAME["Q5_0"]), "is not what its matrices are"),
+        (moved(EXPERTS, shape=(9, 256, 256)), "is mixed of 8 matrices"),
+        (moved(EXPERTS, shape=(8, 256, 128)), "matrix 0 of tensor"),
+    ],
+)
+def test_mixed_stacks(
+    tmp_path: Path,
+    packed_mixed: bytes,
+    change: Callable[[dict[str, TensorEntry]], None],
+    words: str,
+) -> None:
+    refused(tmp_path, rewritten(tmp_path / "s", packed_mixed, change), words, FormatError)
+
+
+def test_an_expert_of_a_mixed_stack_over_another(tmp_path: Path, packed_mixed: bytes) -> None:
+    def change(tensors: dict[str, TensorEntry]) -> None:
+        matrix(3, offset=tensors[EXPERTS].matrices[4][1].offset)(tensors)
+
+    refused(tmp_path, rewritten(tmp_path / "s", packed_mixed, change), "overlap", FormatError)
+
+
+def test_formats_and_counts_of_mixed_stacks(tmp_path: Path, packed_mixed: bytes) -> None:
+    at = packed_mixed.index(EXPERTS.encode()) + len(EXPERTS) + 4 + 24 + 4 + 4
+    for place, value, words, error in (
+        (at + 4 + 24, 77, r"tensor type 77 \(unknown\) is not one of", UnsupportedError),
+        (at + 4 + 24, 22, r"tensor type 22 \(IQ2_S\)", UnsupportedError),
+        (at, 7, "is mixed of 7 matrices", FormatError),
+        (at, 0, "layout 3 in 0 parts", UnsupportedError),
+        (at, 2**31, "layout 3 in 2147483648 parts", UnsupportedError),
+    ):
+        data = bytearray(packed_mixed)
+        data[place : place + 4] = value.to_bytes(4, "little")
+        refused(tmp_path, sealed(data), words, error)
+
+
+def test_a_stack_of_more_matrices_than_the_file_has_bytes(
+    tmp_path: Path, packed_mixed: bytes
+) -> None:
+    at = packed_mixed.index(EXPERTS.encode()) + len(EXPERTS) + 4
+    data = bytearray(packed_mixed)
+    data[at + 16 : at + 24] = (1 << 20).to_bytes(8, "little")
+    data[at + 32 : at + 36] = (1 << 20).to_bytes(4, "little")
+    refused(tmp_path, sealed(data), r"announces 1,048,576 matrices", FormatError)
+
+
 # ----------------------------------------------------------------------------- anything at all
 
 
@@ -212,8 +300,11 @@ def test_what_later_versions_may_add(tmp_path: Path, packed: bytes, which: int, 
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_damage_is_refused_or_harmless(tmp_path: Path, packed: bytes, data: st.DataObject) -> None:
+def test_damage_is_refused_or_harmless(
+    tmp_path: Path, packed: bytes, packed_mixed: bytes, data: st.DataObject
+) -> None:
     """Bytes changed in header or index, with checksums that match: an error or a sound manifest."""
+    packed = data.draw(st.sampled_from([packed, packed_mixed]))
     changed = bytearray(packed)
     index_end = 64 + int.from_bytes(packed[24:32], "little")
     place = st.one_of(st.integers(8, 63), st.integers(64, index_end - 1))
@@ -234,4 +325,5 @@ def test_damage_is_refused_or_harmless(tmp_path: Path, packed: bytes, data: st.D
     for entry in manifest.tensors.values():
         count = entry.shape[0] if entry.stride else 1
         end = entry.extent.offset + (count - 1) * entry.stride + entry.extent.nbytes
-        assert 0 < entry.extent.offset < end <= path.stat().st_size
+        ends = [extent.offset + extent.nbytes for _, extent in entry.matrices] or [end]
+        assert 0 < entry.extent.offset < max(ends) <= path.stat().st_size

@@ -42,22 +42,22 @@ class Listener(ReferenceModel):
     def __init__(self, *given: object) -> None:
         super().__init__(*given)  # type: ignore[arg-type]
         spec = self.spec
-        self.uses = np.zeros((spec.num_hidden_layers, spec.num_experts))
-        self.into: list[Array] = []
-        self.inner: list[Array] = []
+        experts = spec.num_hidden_layers, spec.num_experts
+        self.uses, self.shares = np.zeros(experts), np.zeros(experts)
+        self.into = np.zeros((*experts, spec.hidden_size))
+        self.inner = np.zeros((*experts, spec.moe_intermediate_size))
 
     def _experts(self, at: str, x: Array) -> Array:
-        w, layer = self.weights, len(self.into)
-        chosen, _ = self._route(x @ w[f"{at}ffn_gate_inp.weight"].T)
-        self.uses[layer] += np.bincount(chosen.reshape(-1), minlength=self.spec.num_experts)
-        self.into.append(np.square(x).mean(0))
-        inner = []
+        w, layer = self.weights, int(at.split(".")[1])
+        chosen, weights = self._route(x @ w[f"{at}ffn_gate_inp.weight"].T)
         for t in range(len(x)):
-            for e in chosen[t]:
+            for e, share in zip(chosen[t], weights[t], strict=True):
                 g = w[f"{at}ffn_gate_exps.weight"][e] @ x[t]
                 u = w[f"{at}ffn_up_exps.weight"][e] @ x[t]
-                inner.append(np.square(g / (1 + np.exp(-g)) * u))
-        self.inner.append(np.mean(inner, 0))
+                self.uses[layer, e] += 1
+                self.shares[layer, e] += share**2
+                self.into[layer, e] += np.square(x[t])
+                self.inner[layer, e] += np.square(g / (1 + np.exp(-g)) * u)
         return super()._experts(at, x)
 
 
@@ -67,11 +67,18 @@ def test_what_is_observed_is_what_the_reference_sees(engine: library.Engine) -> 
     truth.logits(tokens)
     found = observe(engine, [tokens])
     assert np.array_equal(found.uses, truth.uses)
-    for mine, theirs in ((found.into, truth.into), (found.inner, truth.inner)):
-        assert np.abs(mine - np.array(theirs)).max() < 0.03 * np.max(theirs)
+    assert np.allclose(found.weights, truth.shares, rtol=0.02)
+    for mine, sums in ((found.into, truth.into), (found.inner, truth.inner)):
+        # As if each expert had had 16 inputs of the mean of all, besides its own.
+        mean = sums.sum(1, keepdims=True) / truth.uses.sum(1)[:, None, None]
+        theirs = (sums + 16 * mean) / (truth.uses[:, :, None] + 16)
+        assert np.abs(mine - theirs).max() < 0.03 * theirs.max()
     assert (found.share > 0).all()
     assert np.array_equal(found.squares(1, "down"), found.inner[1])
     assert np.array_equal(found.squares(1, "up"), found.into[1])
+    shares = found.shares(1)
+    assert shares.sum() == pytest.approx(found.share[1]) and (shares > 0).all()
+    assert np.array_equal(np.argsort(shares), np.argsort(found.weights[1]))
 
 
 def test_looking_changes_nothing_that_follows(engine: library.Engine) -> None:
@@ -99,7 +106,7 @@ def test_options_of_every_tensor(engine: library.Engine, tiny_moe_gguf: Path) ->
         options = measure_options(manifest, backend, activity)
     finally:
         backend.close()
-    assert len(options) == 3 * engine.spec.num_hidden_layers
+    assert len(options) == 3 * engine.spec.num_hidden_layers * engine.spec.num_experts
     for found in options.values():
         assert [o.format.name for o in found[-1:]] == ["Q8_0"] and found[-1].cost == 0
         by_group = [[o.cost for o in found if o.format.name.endswith(g)] for g in ("_32", "_128")]
@@ -110,13 +117,13 @@ def test_options_of_every_tensor(engine: library.Engine, tiny_moe_gguf: Path) ->
 # ------------------------------------------------------------------------ what is chosen
 
 
-def options_of(key: str, tensors: int) -> dict[str, list[Option]]:
+def options_of(key: str, tensors: int) -> dict[tuple[str, int], list[Option]]:
     """Costs that fall by chance with the bits."""
     found = {}
     for i in range(tensors):
         steps = np.sort(bits64(f"{key} {i}", 4) % np.uint64(1000))[::-1].astype(float)
         formats = [PLANES[f"P{bits}_32"] for bits in (1, 2, 3, 4)]
-        found[f"t{i}"] = [
+        found["t", i] = [
             Option(f, f.nbytes((64, 64)), float(c)) for f, c in zip(formats, steps, strict=True)
         ]
     return found
@@ -150,8 +157,36 @@ def test_too_small_a_budget_names_the_smallest() -> None:
 
 def test_weights_as_they_are_cost_nothing() -> None:
     keep = Option(BY_NAME["Q8_0"], 100, 0.0)
-    options = {"a": [Option(PLANES["P1_32"], 25, 1.0), keep], "b": [keep]}
-    assert choose_widths(options, 200) == {"a": keep, "b": keep}
+    options = {("a", 0): [Option(PLANES["P1_32"], 25, 1.0), keep], ("b", 0): [keep]}
+    assert choose_widths(options, 200) == {("a", 0): keep, ("b", 0): keep}
+
+
+def greedy(
+    options: dict[tuple[str, int], list[Option]], budget: int
+) -> dict[tuple[str, int], Option]:
+    """The same choice, looking at every step there is each time."""
+    chosen = {key: found[0] for key, found in options.items()}
+    left = budget - sum(option.nbytes for option in chosen.values())
+    while True:
+        best, step = 0.0, None
+        for key, found in options.items():
+            for option in found:
+                more = option.nbytes - chosen[key].nbytes
+                gain = (chosen[key].cost - option.cost) / max(more, 1)
+                if more <= left and gain > best:
+                    best, step = gain, (key, option)
+        if step is None:
+            return chosen
+        left -= step[1].nbytes - chosen[step[0]].nbytes
+        chosen[step[0]] = step[1]
+
+
+@pytest.mark.parametrize("key", ["a", "b", "c", "d"])
+def test_the_choice_is_that_of_looking_at_every_step(key: str) -> None:
+    options = options_of(key, 9)
+    least, most = (sum(o[i].nbytes for o in options.values()) for i in (0, -1))
+    for budget in range(least, most, 700):
+        assert choose_widths(options, budget) == greedy(options, budget)
 
 
 # ------------------------------------------------------------------------ the pack
@@ -172,8 +207,9 @@ def test_the_command(tiny_moe_gguf: Path, text: Path, tmp_path: Path) -> None:
     found = json.loads(run.stdout)
     assert 2.5 < found["bits_per_weight"] <= 3.2 and len(found["formats"]) == 6
     tensors = library.read_manifest(out).tensors
-    for name, fmt in found["formats"].items():
-        assert tensors[name].format.name == fmt
+    for name, formats in found["formats"].items():
+        assert [tensors[name].matrix(e).format.name for e in range(8)] == formats
+    assert any(len(set(formats)) > 1 for formats in found["formats"].values())
     kept = {n: t.format.name for n, t in tensors.items() if n not in found["formats"]}
     source = library.read_manifest(tiny_moe_gguf).tensors
     assert kept == {name: source[name].format.name for name in kept}
@@ -194,7 +230,8 @@ def test_as_much_as_there_is_keeps_the_weights(
     found = library.quantize_experts(
         tiny_moe_gguf, out, "8.5bpw", text=text.read_text(), context_length=SIZE, threads=1
     )
-    assert set(found.formats.values()) == {"Q8_0"} and found.before == found.after
+    assert {fmt for each in found.formats.values() for fmt in each} == {"Q8_0"}
+    assert found.before == found.after
 
 
 REFUSED = {
@@ -240,4 +277,5 @@ def test_experts_of_other_formats_too(tmp_path: Path) -> None:
         path, tmp_path / "out.edgert", "3.6bpw", text=TEXT, context_length=SIZE, threads=1
     )
     assert found.bits_per_weight <= 3.6
-    assert set(found.formats.values()) <= {"Q4_0", *PLANES} - {"P4_32"}
+    used = {fmt for each in found.formats.values() for fmt in each}
+    assert used <= {"Q4_0", *PLANES} - {"P4_32"}

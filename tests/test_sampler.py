@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edgert.config import LoadOptions, SamplingParams
 from edgert.errors import InputError, ModelError
-from edgert.sampler import Sampler
+from edgert.sampler import SURENESS, Sampler
 from edgert.stop import StopMatcher
 
 quick = settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -61,6 +61,14 @@ def drawn(
     )
 
 
+def splitmix64_ref(key: int, n: int) -> int:
+    """Number n of the stream that begins at `key`, in whole numbers of Python."""
+    x = (key + n * 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return x ^ (x >> 31)
+
+
 def chi_square(counts: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
     """Sum of (seen - expected)^2 / expected; tokens of probability 0 must not be seen at all."""
     assert not counts[expected == 0].any()
@@ -97,6 +105,41 @@ def test_draws_follow_the_slow_twin(options: dict[str, Any], rng: np.random.Gene
     # 24 tokens are 23 degrees of freedom at most; chance exceeds 65 once in 100,000 runs.
     assert chi_square(counts, expected) < 65
     assert np.array_equal(logits, before)
+
+
+def test_a_draw_takes_the_largest_noisy_logit(rng: np.random.Generator) -> None:
+    assert splitmix64_ref(0, 1) == 0xE220A8397B1DCDAF, "the first one of its authors' code"
+    params = SamplingParams(top_k=30, top_p=0.9, min_p=0.02, temperature=0.7)
+    sampler, random = Sampler(params, 11), np.random.PCG64(11)
+    for _ in range(100):
+        logits = rng.normal(0, 2, 500).astype(np.float32)
+        key, scores = int(random.random_raw()), {}
+        for token in np.flatnonzero(probabilities_ref(logits, params, [])).tolist():
+            uniform = ((splitmix64_ref(key, token) >> 12) + 0.5) / 2**52
+            noise = -math.log(-math.log(uniform))
+            scores[token] = float(logits[token]) + params.temperature * noise
+        best = max(scores, key=lambda token: scores[token])
+        second = max((s for t, s in scores.items() if t != best), default=-math.inf)
+        sure = int(min(2 * (scores[best] - second), SURENESS - 1))
+        assert sampler.fork().guess(logits) == (best, sure)
+        assert sampler.sample(logits) == best
+
+
+def test_logits_that_are_alike_draw_the_same_token(rng: np.random.Generator) -> None:
+    """At least as often as (1 - d) / (1 + d) for a total variation distance d (Daliri et al.)."""
+    params = SamplingParams(**OFF)
+    for spread in (0.1, 0.5, 2.0):
+        full = rng.normal(0, 2, 50).astype(np.float32)
+        other = full + rng.normal(0, spread, 50).astype(np.float32)
+        p, q = (probabilities_ref(x, params, []) for x in (full, other))
+        distance = float(np.abs(p - q).sum() / 2)
+        sampler, same = Sampler(params, 5), 0
+        for _ in range(4000):
+            guess, _ = sampler.fork().guess(other)
+            same += guess == sampler.sample(full)
+        least, most = (1 - distance) / (1 + distance), 1 - distance
+        chance = 5 * math.sqrt(0.25 / 4000)  # five standard deviations of the frequency
+        assert least - chance < same / 4000 < most + chance
 
 
 def test_defaults_are_llama_cpps() -> None:

@@ -18,7 +18,9 @@ import edgert
 from edgert.config import SamplingParams
 from edgert.errors import CancelledError, StorageError
 from edgert.forward import Forward, Ticket
+from edgert.opening import open_model
 from edgert.plan import Plan
+from edgert.plan_parts import at_least, need_of, ring_of
 from edgert.sampler import SURENESS, Sampler
 from edgert.self_draft import NAME
 from edgert.speculation import PassCosts
@@ -327,6 +329,8 @@ def test_plans_of_nested_packs(nested: Path) -> None:
         if plan.can_draft:
             streamed = sum(t.stream_index >= 0 for t in plan.tiles)
             assert 2 <= plan.slots < streamed
+            assert plan.slots * plan.slot_bytes <= plan.region("window").nbytes
+            assert all(t.base.slot_bytes <= plan.slot_bytes for t in plan.tiles if t.base)
             assert len(bits) <= 2 and not (whole and 3 in bits)
             assert before is None or plan.streamed_bytes <= before.streamed_bytes
             before = plan
@@ -334,6 +338,22 @@ def test_plans_of_nested_packs(nested: Path) -> None:
             assert not bits and before is None, "drafting is never given up for more memory"
         seen.append(min(bits, default=0))
     assert set(seen) == ({0, 3, 4} if "3+1" in nested.name else {0, 4})
+
+
+def test_a_slot_holds_what_is_read_beside_a_base(nested: Path) -> None:
+    """Twice as many fit where half of each tile is in memory."""
+    opened = open_model(nested)
+    need = need_of(opened.spec, opened.manifest, 2, "f16", 64 * KIB)
+    assert max(t.nbytes for t in need.tiles) <= need.slot_bytes
+    bases = [at_least(tile, 4) for tile in need.tiles]
+    halves = [t.placed(i, base) for i, (t, base) in enumerate(zip(need.tiles, bases, strict=True))]
+    window = 6 * need.slot_bytes
+    slots, size = ring_of(window, need, halves)
+    assert size == max(base.slot_bytes for base in bases if base) < 0.6 * need.slot_bytes
+    assert slots == min(window // size, len(halves) - 1) > 6
+    mixed = [halves[0].placed(0), *halves[1:]]
+    assert ring_of(window, need, mixed) == (6, need.slot_bytes), "one is put together in its slot"
+    assert ring_of(window, need, need.tiles)[0] == 0, "all is in memory"
 
 
 def test_a_context_nobody_asked_for_gives_way_to_bases(nested: Path) -> None:

@@ -70,6 +70,28 @@ def test_a_pass_of_one_is_timed_first() -> None:
     assert costs.table(2) == [0, 2, 3]
 
 
+def test_a_pass_over_a_prompt_tells_what_one_of_one_costs() -> None:
+    """Where a disk sets the pace; and until one was timed."""
+    costs = PassCosts(0.02)
+    costs.expect(17, 9.0)  # too long to say something
+    assert costs.table(1) == []
+    costs.expect(11, 6.0)
+    assert costs.table(2) == pytest.approx([0, 5, 5.1])
+    costs.add(4, 8.0)
+    costs.expect(1, 9.0)  # too late
+    assert costs.table(4) == pytest.approx([0, 5, 6, 7, 8])
+    costs.add(6, 8.2)
+    assert costs.line(6)[1:5] == pytest.approx([7.7, 7.8, 7.9, 8]), "only what was timed"
+    costs.add(1, 4.0)
+    assert costs.table(1) == [0, 4]
+    costs.expect(1, 6.0)
+    costs.forget(0.02)
+    assert costs.table(1) == []
+    resident = PassCosts(0.1)
+    resident.expect(1, 6.0)
+    assert resident.table(1) == []
+
+
 def test_costs_are_medians_and_others_follow_from_them() -> None:
     costs = PassCosts(0.5)
     for seconds in (2.0, 90.0, 2.0):
@@ -246,6 +268,63 @@ def test_a_drafter_that_takes_time_is_worth_it(each: float, gain: float) -> None
     assert clock < 1.1 * min(fixed)
     alone = [name for name, _ in drafts[1:-1] if name != "oracle"]
     assert len(alone) <= len(drafts) // 100  # to time a pass of one again
+
+
+class Onward(Oracle):
+    """Goes on beside a pass: so many guesses are ready where all before them were right."""
+
+    can_go_on = True
+    beside = 10
+
+    def __init__(self, text: Sequence[int], wrong: set[int], seconds: float) -> None:
+        super().__init__(text, wrong, seconds)
+        self.made = 0  # up to where
+
+    def guesses(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+        for at in range(len(tokens), len(self._text)):
+            if at >= self.made:
+                self.clock += self._seconds
+            yield self._text[at] + (at in self._wrong), 0
+
+    def ready(self, tokens: Sequence[int]) -> int:
+        return max(self.made - len(tokens), 0)
+
+    def ahead(self, text: list[int], chance: float, most: int) -> bool:  # type: ignore[override]
+        return True
+
+    def verified(self, start: int, drafted: int, goes_on: bool) -> int:
+        """Behind `start`: where the text is then."""
+        end = start + drafted
+        wrong = [at for at in range(start, end + 1) if at in self._wrong]
+        all_right = goes_on and not wrong
+        self.made = end + self.beside if all_right else 0
+        return min(wrong[0] if wrong else end, end) + 1
+
+
+def test_what_is_guessed_beside_a_pass_is_not_put_at_risk() -> None:
+    """A draft is shorter where the next ones would be ready; no fixed length does much better."""
+    text = some_text(3000)
+    wrong = {i for i in range(3000) if random.Random(i).random() < 0.1}
+    drafter, costs, at = Onward(text, wrong, 0.07), PassCosts(0.02), 10
+    speculator = Speculator([drafter], costs, 15, lambda: drafter.clock)
+    while at < 2980:
+        draft = speculator.draft(text[:at], 15)
+        goes_on = speculator.ahead([*text[:at], *draft], 15) is not None
+        drafter.clock += streamed(1 + len(draft))
+        costs.add(1 + len(draft), streamed(1 + len(draft)))
+        end = drafter.verified(at, len(draft), goes_on)
+        speculator.learn(text[at:end])
+        at = end
+    fixed = []
+    for length in range(1, 16):
+        twin, at = Onward(text, wrong, 0.07), 10
+        while at < 2980:
+            ready = min(twin.ready(text[:at]), 15)
+            twin.clock += 0.0 if ready else 0.07 * length
+            twin.clock += streamed(1 + (ready or length))
+            at = twin.verified(at, ready or length, True)
+        fixed.append(twin.clock)
+    assert drafter.clock < 1.02 * min(fixed)
 
 
 def test_a_draft_ends_with_a_guess_that_is_doubtful() -> None:

@@ -263,16 +263,18 @@ def test_memory_leaves_a_group_while_a_model_generates(large: tuple[Path, int]) 
 
 
 FOLLOW = """
-import sys, time
+import sys, threading, time
 import edgert
-path, seconds = sys.argv[1:]
+path = sys.argv[1]
+told = threading.Thread(target=sys.stdin.read)  # ends when the input does
+told.start()
 with edgert.load(path, memory_budget="100%", context_length=256) as engine:
     want = engine.generate("the hen", max_tokens=30, temperature=0)
     with edgert.follow_pressure(engine):
         print("ready", flush=True)
-        end, least, same = time.monotonic() + float(seconds), engine.plan.total_bytes, True
-        first = least
-        while time.monotonic() < end:
+        first = least = engine.plan.total_bytes
+        same = True
+        while told.is_alive():
             found = engine.generate("the hen", max_tokens=30, temperature=0)
             same &= found.tokens == want.tokens
             least = min(least, engine.plan.total_bytes)
@@ -299,12 +301,16 @@ def test_an_adaptive_engine_makes_room_for_another_program(tmp_path: Path) -> No
         del FAMILIES["wide"]
     full = library.plan_model(path, memory_budget="100%", context_length=256).full_bytes
     with group(full + 16 * MIB) as limit:
-        command = limit.command([sys.executable, "-c", FOLLOW, str(path), "12"])
-        with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as run:
-            assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+        command = limit.command([sys.executable, "-c", FOLLOW, str(path)])
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as run:
+            assert run.stdin is not None and run.stdout is not None
+            assert run.stdout.readline() == b"ready\n"
             more = (limit.limit_bytes - limit.current_bytes()) // MIB + 8
             eat = limit.command([sys.executable, "-c", EAT, str(more)])
             eaten = subprocess.run(eat, capture_output=True)
+            run.stdin.close()
             assert eaten.returncode == 0 and eaten.stdout == b"done\n"
             same, given = run.stdout.readline().split()
         assert run.returncode == 0 and same == b"True"

@@ -45,6 +45,12 @@ def _group_kernel(op, frame, streams):  # type: ignore[no-untyped-def]
     group_pairs(op, frame, streams)
 
 
+@kernel(void("iiiii"))
+def _tid_kernel(op, frame, start, stop, tid):  # type: ignore[no-untyped-def]
+    """Count units by thread."""
+    atomic_add(load_int(op + 8 * CELLS) + 8 * tid, stop - start)
+
+
 @pytest.fixture(scope="module", params=[1, 2, 3, 5])
 def team(request: pytest.FixtureRequest) -> Iterator[ThreadTeam]:
     team = ThreadTeam(request.param)
@@ -72,6 +78,7 @@ def test_every_unit_of_a_random_program_once_and_none_early(
                 complete = cells[-1]
         program = builder.finish()
         team.frame[FRAME_N_TOKENS] = tokens
+        team.frame[rows.F_THREADS] = rng.integers(0, team.threads + 2)
         for turn in range(1, 4):
             team.run(program)
             assert not team.stopped
@@ -79,6 +86,24 @@ def test_every_unit_of_a_random_program_once_and_none_early(
             assert early[0] == 0
             for cell in cells:
                 cell[:] = 0
+
+
+def test_only_as_many_threads_walk_as_the_frame_says(team: ThreadTeam) -> None:
+    by_thread = np.zeros(8, np.int64)
+    builder = ProgramBuilder()
+    for _ in range(4):
+        builder.call(_tid_kernel, [address_of(by_thread)], 300)
+        builder.barrier()
+    program = builder.finish()
+    team.arm()
+    team.frame[:], team.frame[rows.F_N_TOKENS] = 0, 1
+    for walkers in range(team.threads + 2):
+        by_thread[:] = 0
+        team.frame[rows.F_THREADS] = walkers
+        team.run(program)
+        assert by_thread.sum() == 4 * 300
+        assert not by_thread[walkers or team.threads :].any()
+    team.frame[:] = 0
 
 
 def streamed_program(ready: Ints) -> tuple[Any, list[Any]]:
