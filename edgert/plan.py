@@ -88,7 +88,7 @@ _SHAPES = (
 _NESTED_SLOTS, _NESTED_GROWTH = 8, 5 / 3
 # Where bases fit but for some MiB. With tiles of 512 KiB, of which 64 and 256 are read, the readers
 # took 0.24 of two cores (4 GB at 45 %, 3 bits, 1 GB/s).
-_NESTED_TIGHT = Shape(48, 8, 3 * MIB // 2, 4)
+_NESTED_TIGHT = Shape(48, 8, 3 * MIB // 2, 5)
 
 
 @dataclass(frozen=True, slots=True)
