@@ -1,6 +1,7 @@
 """Experts read before they are asked for: what a hint names, and whether following it pays.
 
-Owns: the board of hints, the account of what was read ahead, and the switch that follows from it.
+Owns: the board of hints, the account of what was read ahead, the switch that follows from it, and
+whether passes of few tokens leave a core to those that read.
 Must not know files, threads or slots.
 
 Compiled code applies a later layer's router to the hidden state of now, and posts what it would
