@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,12 +23,13 @@ from edgert.errors import CancelledError, ContextError, EdgertError, InputError
 from edgert.kernels_cpu import rows
 from edgert.plan import Plan
 from edgert.programs import Programs
+from edgert.results import PassStats
 from edgert.speculation import PassCosts
 from edgert.threads import ThreadTeam
 from edgert.timeline import PASS, Span, no_span
 from edgert.weights import Weights
 
-__all__ = ["Forward", "PassStats", "Ticket"]
+__all__ = ["Forward", "Ticket"]
 
 _F32 = npt.NDArray[np.float32]
 # What one more token adds to a pass, as a share of a pass of one, until it has been measured: next
@@ -44,16 +44,6 @@ class Ticket:
 
     def __init__(self) -> None:
         self.cancelled = False
-
-
-@dataclass(slots=True)
-class PassStats:
-    """What passes cost, summed since the engine was opened."""
-
-    passes: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    stall_seconds: float = 0.0
 
 
 class Forward:
@@ -353,11 +343,15 @@ class Forward:
         if self.on_pass is not None:
             self.on_pass(n)
         self._pass += 1
-        self.stats.passes, self.stats.tokens = self.stats.passes + 1, self.stats.tokens + n
         seconds = time.perf_counter() - begin
+        self.stats.passes += 1
+        self.stats.tokens += n
         self.stats.seconds += seconds
-        (self.costs.add if wanted == n else self.costs.expect)(n, seconds)
         self.stats.stall_seconds += self._team.take_stall_ns() / 1e9
+        if wanted == n:
+            self.costs.add(n, seconds)
+        else:
+            self.costs.expect(n, seconds)
         self._broken = False  # last: an interruption before here begins the streams again
         return True
 

@@ -21,6 +21,7 @@ __all__ = [
     "ExpertStats",
     "FinishReason",
     "MemoryReport",
+    "PassStats",
     "RunStats",
     "TokenEvent",
     "logits_hash",
@@ -32,6 +33,16 @@ FinishReason = Literal["stop", "length", "cancelled"]
 def logits_hash(logits: npt.NDArray[np.float32]) -> str:
     """16 hex digits of SHA-256 over the logits as little-endian float32: equal bits, equal hash."""
     return hashlib.sha256(np.ascontiguousarray(logits, "<f4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class PassStats:
+    """What passes cost, summed since the engine was opened."""
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stall_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
