@@ -9,8 +9,8 @@ Must not know how a pass is predicted (prediction.py) nor how drafts are made.
 D is a token computed with the bits in memory: as long as one with all weights in memory, by the
 share of their bytes. V(n) is a pass of n tokens: a plain one, or longer where the arithmetic of n
 tokens is. What is drafted beside a pass (draft_walk.py) comes on top, where drafts are often right
-as a whole: 1.4 to 1.7 times what is said here (4 GB at 60 %, 4 bits, greedy, of which 0.88 were
-assumed right and 0.93 were).
+as a whole: 1.7 times what is said here (4 GB at 60 %, 4 bits, greedy, disk free, of which 0.88 were
+assumed right and 0.97 were).
 """
 
 from __future__ import annotations
