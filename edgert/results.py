@@ -115,7 +115,7 @@ class TokenEvent:
 
     text: str
     token: int | None
-    index: int  # 0 for the first generated token
+    index: int  # 0 for the first generated token; one that ends the text without being shown counts
     finish_reason: FinishReason | None = None  # set on the last event only
 
 

@@ -152,6 +152,7 @@ class Session:
         engine = self._engine
         decoder = engine.tokenizer.stream_decoder(at_start=False)
         finish: FinishReason = "length"
+        before = len(self.tokens)
         try:
             for token in sampled:
                 if token in engine.tokenizer.eos_ids:
@@ -171,10 +172,10 @@ class Session:
                     raise CancelledError
             # The end without a token to show: its text is what was still held back.
             text = matcher.push(decoder.flush()) + matcher.flush()
-            yield TokenEvent(text, None, meter.generated, finish)
+            yield TokenEvent(text, None, len(self.tokens) - before, finish)
         except CancelledError:
             text = matcher.push(decoder.flush()) + matcher.flush()
-            yield TokenEvent(text, None, meter.generated, "cancelled")
+            yield TokenEvent(text, None, len(self.tokens) - before, "cancelled")
         finally:
             engine.last_stats = meter.end()
 

@@ -111,8 +111,7 @@ def test_alike_experts_make_the_file_they_always_made(
     source = mixed.with_name("olmoe.gguf")
     edgert.pack_model(source, tmp_path / "a", formats=one)
     edgert.pack_model(source, tmp_path / "b", formats={n: [f] * EXPERTS for n, f in one.items()})
-    data = (tmp_path / "a").read_bytes()
-    assert data == (tmp_path / "b").read_bytes() and data[12:16] == b"\1\0\0\0"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def records_of(manifest: Manifest, size: int) -> tuple[LayerExperts, ...]:

@@ -72,7 +72,7 @@ def test_the_end_of_text_token_ends_it_and_is_not_shown(engine: edgert.Engine, s
     done = generate(engine, max_tokens=50)
     assert (done.text, done.tokens, done.finish_reason) == ("one tale", tuple(letters), "stop")
     events = list(engine.generate(PROMPT, stream=True, **GREEDY))
-    assert events[-1] == TokenEvent("", None, len(letters) + 1, "stop")
+    assert events[-1] == TokenEvent("", None, len(letters), "stop")
 
 
 @pytest.mark.parametrize(
