@@ -94,11 +94,10 @@ def expert_records(
 
 def record_sizes(experts: Sequence[LayerExperts], spec: ModelSpec) -> npt.NDArray[np.int64]:
     """Bytes that each expert takes of a slot, whole pages: [layers, experts]."""
-    found = [
-        [align_up(layer.record(e).nbytes, ALIGNMENT) for e in range(spec.num_experts)]
-        for layer in experts
-    ]
-    return np.array(found, np.int64).reshape(len(experts), spec.num_experts)
+    found = np.empty((len(experts), spec.num_experts), np.int64)
+    for sizes, layer in zip(found, experts, strict=True):
+        sizes[:] = [align_up(record.nbytes, ALIGNMENT) for record in layer.records]
+    return found
 
 
 def _stride(entry: TensorEntry) -> int:

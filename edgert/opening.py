@@ -177,10 +177,10 @@ def load(
 
 def _open_draft(path: str | Path | None, model: Opened, options: LoadOptions) -> DraftModel | None:
     """The draft model, if there is one, open."""
-    from edgert.draft_model import open_draft_model
-
     if path is None:
         return None
+    from edgert.draft_model import open_draft_model
+
     budget = _bytes_of(options.memory_budget)
     return open_draft_model(path, model, budget, options.threads, options.context_length)
 

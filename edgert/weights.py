@@ -72,7 +72,6 @@ class Weights:
         self._busy_ns = 0  # of streamers that were replaced
         self.streamer: Streamer | None = None
         self.experts: ExpertStreamer | None = None
-        self._backend = backend
         sizes = elastic_bytes(plan)
         spaces = {
             name: arena.take(name, nbytes, _PAGE, room=getattr(rooms, name) if rooms else nbytes)
@@ -93,6 +92,7 @@ class Weights:
         self._row = arena.take("token row", align_up(row_bytes + 2 * _PAGE, _PAGE), _PAGE)
         self._vector_space = arena.take("vectors", need.vector_bytes, 64)
         checksums = arena.take("checksums", plan.region("checksums").nbytes)
+        self._backend = backend
         if checksums.nbytes:
             self._backend = CheckedBackend(backend, manifest, checksums.view(np.uint32))
         self._tiles = TileMemory(manifest, plan, spaces["resident"], span)

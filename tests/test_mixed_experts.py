@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgert
-from edgert.engine import Engine
 from edgert.errors import UnsupportedError
 from edgert.expert_records import LayerExperts, expert_records
 from edgert.expert_simulation import simulate
@@ -26,7 +25,7 @@ from edgert.placing import place_part
 from edgert.quant.formats import BY_NAME, PLANES, QuantFormat
 from edgert.quant.planes import quantize_planes_ref
 from edgert.quant.reference import dequantize_ref
-from edgert.routing import Routing, join_passes, read_routing, write_routing
+from edgert.routing import join_passes, read_routing, write_routing
 from edgert.storage.expert_cache import SlotSizes, fitting, plan_sized_admission, that_fit
 from edgert.storage.expert_policy import POLICIES
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
@@ -34,6 +33,7 @@ from edgert.storage.pack import read_pack
 from tests.answers import answer
 from tests.command import inside
 from tests.gguf_file import write_gguf
+from tests.recording import counted, recorded
 from tests.tight import tight
 from tests.tiny import TinyModel, build, prompt_of
 
@@ -243,25 +243,14 @@ def test_slots_come_and_go_with_the_budget(mixed: Path) -> None:
             assert engine.plan.total_bytes <= least + share * (most - least)
 
 
-def recorded(engine: Engine) -> Routing:
-    passes: list[np.ndarray] = []
-    assert engine.experts is not None and engine.plan.expert_sizes is not None
-    engine.experts.set_prefetch(False)
-    engine.experts.record(passes.append)
-    engine.generate(prompt_of("olmoe", 30), max_tokens=20, temperature=0)
-    sizes = engine.plan.expert_sizes.records.reshape(2, EXPERTS)
-    return join_passes(passes, EXPERTS, engine.plan.expert_slot_bytes, sizes)
-
-
 @pytest.mark.parametrize("policy", ["auto", *POLICIES])
 @pytest.mark.parametrize("spare", [0, 600_000])
 def test_the_device_hits_as_the_simulator_says(mixed: Path, policy: str, spare: int) -> None:
     with tight(mixed, spare, prefill_tokens=1) as engine:
         assert engine.experts is not None
         engine.experts.set_policy(policy)
-        trace = recorded(engine)
-        hits, misses = engine.experts.counts
-        slots = engine.plan.expert_slots
+        assert engine.plan.expert_sizes is not None
+        trace, slots, hits, misses = counted(engine, mixed)
     (figure,) = simulate(trace, [slots], [policy])
     assert figure.hit_rate == pytest.approx(hits / (hits + misses), abs=1e-12)
 
@@ -273,13 +262,11 @@ def test_an_engine_that_knows_its_model_begins_with_what_fits(
     path = tmp_path / "profile.npz"
     monkeypatch.setenv("EDGERT_EXPERT_PROFILE", str(path))
     with tight(mixed, None) as engine:
-        recorded(engine)
+        recorded(engine, mixed)
     uses, before = edgert.read_expert_profile(path).uses.astype(float), path.read_bytes()
     with tight(mixed, spare, prefill_tokens=1) as engine:
-        assert engine.experts is not None
-        trace = recorded(engine)
-        hits, misses = engine.experts.counts
-        slots = engine.plan.expert_slots
+        assert engine.plan.expert_sizes is not None
+        trace, slots, hits, misses = counted(engine, mixed)
     path.write_bytes(before)
     (known,) = simulate(trace, [slots], ["auto"], profile=uses, loaded=True)
     assert known.hit_rate == pytest.approx(hits / (hits + misses), abs=1e-12)

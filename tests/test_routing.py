@@ -14,20 +14,11 @@ from edgert.errors import InputError, ModelError
 from edgert.expert_simulation import replay, simulate
 from edgert.routing import Routing, join_passes, read_routing, write_routing
 from edgert.storage.expert_policy import POLICIES, Lru, Predicted, Robust
-from tests.answers import answer, expected, prompt
+from tests.answers import answer, expected
 from tests.command import edgert as command
 from tests.command import inside
+from tests.recording import counted, recorded
 from tests.tight import tight
-
-
-def recorded(engine: edgert.Engine, model: Path, tokens: int = 20) -> Routing:
-    passes: list[np.ndarray] = []
-    assert engine.experts is not None
-    engine.experts.set_prefetch(False)
-    engine.experts.record(passes.append)
-    engine.generate(prompt(model), max_tokens=tokens, temperature=0)
-    engine.experts.record(None)
-    return join_passes(passes, engine.spec.num_experts, engine.plan.expert_slot_bytes)
 
 
 @pytest.mark.parametrize("policy", ["auto", *POLICIES])
@@ -38,9 +29,7 @@ def test_the_device_hits_as_the_simulator_says(
     with tight(tiny_moe_gguf, spare, prefill_tokens=1) as engine:
         assert engine.experts is not None
         engine.experts.set_policy(policy)
-        trace = recorded(engine, tiny_moe_gguf)
-        hits, misses = engine.experts.counts
-        slots = engine.plan.expert_slots
+        trace, slots, hits, misses = counted(engine, tiny_moe_gguf)
         done = answer(engine)
     assert done == expected(tiny_moe_gguf)[1]
     (figure,) = simulate(trace, [slots], [policy])
@@ -59,10 +48,7 @@ def test_the_simulator_begins_as_an_engine_that_knows_its_model(
     for spare in (900 * 1024, 2400 * 1024):
         before = path.read_bytes()
         with tight(tiny_moe_gguf, spare, prefill_tokens=1) as engine:
-            assert engine.experts is not None
-            trace = recorded(engine, tiny_moe_gguf)
-            hits, misses = engine.experts.counts
-            slots = engine.plan.expert_slots
+            trace, slots, hits, misses = counted(engine, tiny_moe_gguf)
         path.write_bytes(before)
         (known,) = simulate(trace, [slots], ["auto"], profile=uses, loaded=True)
         assert known.hit_rate == pytest.approx(hits / (hits + misses), abs=1e-12)
