@@ -150,8 +150,8 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
         share: float = run.stats["disk_busy_share"]
         return max(share, run.read_share or 0.0)
 
-    def rate(run: Run) -> float | None:
-        return None if run.found["experts"] else run.read_share
+    def rate(run: Run, *, experts: bool) -> float | None:
+        return run.read_share if run.found["experts"] == experts else None
 
     def prediction(run: Run) -> float | None:
         return None if run.prediction is None else abs(run.prediction) * 100
@@ -174,7 +174,9 @@ def promises(runs: Sequence[Run]) -> list[Promise]:
     found = [
         Promise("peak / budget", 1.0, "", True, peaks),
         Promise("read rate / device, waiting for it", 0.95, "", False,
-                values(waited(rate))),
+                values(waited(partial(rate, experts=False)))),
+        Promise("read rate / device, of experts", 0.9, "", False,
+                values(waited(partial(rate, experts=True)))),
         Promise("decode / plain roof, waiting for it", 0.93, "", False,
                 values(waited(lambda run: run.roof_share))),
         Promise("drafting / plain roof, greedy, from 60 %", 4.0, "", False,
