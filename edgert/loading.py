@@ -71,10 +71,14 @@ def planner(
     process: int,
     profile: DeviceProfile | None,
     known: ExpertProfile | None = None,
+    needs: dict[int, Need] | None = None,
 ) -> Callable[[int], Plan]:
-    """A function from a budget in bytes to the plan for these options; keeps what it measures."""
+    """A function from a budget in bytes to the plan for these options.
+
+    `needs` keeps what was measured of the model, also for another process or profile.
+    """
     chances = None if known is None else known.chances
-    needs: dict[int, Need] = {}
+    needs = {} if needs is None else needs
     checksums = checksum_bytes(opened.path) if options.verify_checksums else 0
 
     def plan_for(budget: int) -> Plan:
