@@ -40,7 +40,7 @@ from edgert.plan_resident import choose_resident
 from edgert.storage.manifest import Manifest
 from edgert.units import MIB
 
-__all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
+__all__ = ["Layout", "Plan", "PlanOptions", "Region", "plan_memory"]
 
 # Each takes some 400 bytes of the process in a plan: 8 GB in tiles of 128 KiB would be 25 MB, for a
 # smallest budget that is 1 MiB lower.
@@ -102,9 +102,9 @@ def plan_memory(
     ]
     needs = {} if needs is None else needs
     given = process_bytes + options.checksum_bytes
-    layout = _Layout(spec, manifest, options, given, needs, chances)
+    layout = Layout(spec, manifest, options, given, needs, chances)
     nothing = replace(options, budget_bytes=0)
-    smallest = _Layout(spec, manifest, nothing, given, needs)
+    smallest = Layout(spec, manifest, nothing, given, needs)
     full_bytes = layout.bytes_of(contexts[0], shapes[0], everything=True)
     ways = (False, True)  # to hold matrices in as little as possible: streamed, or resident
     least = [smallest.bytes_of(contexts[-1], shapes[-1], keep_dense=way) for way in ways]
@@ -145,7 +145,7 @@ def _suited(
 
 
 def _choose(
-    layout: _Layout,
+    layout: Layout,
     contexts: Sequence[int],
     shapes: Sequence[Shape],
     profile: DeviceProfile | None,
@@ -188,7 +188,7 @@ class _Sums:
     streamed_bytes: int  # about; in memory
 
 
-class _Layout:
+class Layout:
     """Lays out one model for given sizes. Pure; what is measured once is kept."""
 
     def __init__(

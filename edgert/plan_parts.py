@@ -26,7 +26,7 @@ from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT
 from edgert.storage.expert_cache import SlotSizes
-from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
 

@@ -5,7 +5,6 @@ Owns: how many bytes each region has. Pure. Must not know why something was deci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
