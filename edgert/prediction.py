@@ -96,6 +96,7 @@ class Prediction:
     device_bytes_per_s: float  # the rate of the disk it was made with
     hit_rate: float | None  # of experts while decoding; None for a dense model
     even_routing: bool  # True: that is a guess, as if all experts were chosen equally often
+    busy_share: float = 1.0  # of that rate, while all cores compute
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -151,6 +152,7 @@ def predict(
         device_bytes_per_s=model.rate,
         hit_rate=model.hit_rate,
         even_routing=model.missing > 0 and misses is None,
+        busy_share=model.busy_rate / model.rate,
     )
 
 
