@@ -29,23 +29,23 @@ def plain(flash: float, compute: float) -> Prediction:
     """A pass of `flash` seconds of reading beside `compute` seconds; more tokens cost little."""
     one = Terms(flash, compute, 0.0, 0.0, 0.0, 0.0, 0.0, max(flash, compute))
     many = replace(one, compute=100 * compute / 10)
-    return Prediction(1 / one.total, 1.0, 1.0, 100, "flash", one, many, 1e9, None, False)
+    return Prediction(1 / one.total, 1.0, 1.0, 100, "flash", one, many, 1e9, None, False, 1.0, 2e9)
 
 
 def test_bits_and_what_is_assumed_of_them() -> None:
     assert draft_bits(plan_with(BASED, BASED)) == 4
     assert draft_bits(plan_with(BASED, WHOLE)) == 6
-    assert assumed_acceptance(4.0) == 0.86 < assumed_acceptance(4.5) < assumed_acceptance(8.0) == 1
+    assert assumed_acceptance(4.0) == 0.93 < assumed_acceptance(4.5) < assumed_acceptance(8.0) == 1
     assert assumed_acceptance(2.0) == assumed_acceptance(3.0)
 
 
 def test_what_drafting_gives() -> None:
     plan = plan_with(BASED, BASED)
     found = forecast_drafting(plan, plain(2.0, 0.16))
-    assert found is not None and not found.is_learnt and found.acceptance == 0.86
+    assert found is not None and not found.is_learnt and found.acceptance == 0.93
     assert found.draft_seconds == pytest.approx(0.16 * 450 / 850)
     assert 0 < found.ready_share < 1 and found.pass_seconds == pytest.approx(2.0)
-    surer = forecast_drafting(plan, plain(2.0, 0.16), 0.95)
+    surer = forecast_drafting(plan, plain(2.0, 0.16), 0.97)
     assert surer is not None and surer.is_learnt
     assert surer.decode_tok_s > found.decode_tok_s > 3 * 0.5
     certain = forecast_drafting(plan, plain(2.0, 0.16), 1.0)
@@ -74,6 +74,9 @@ def test_a_disk_that_gives_less_while_cores_work() -> None:
     idle = forecast_drafting(plan_with(BASED, BASED), plain(2.0, 0.16), 0.99)
     assert busy is not None and idle is not None
     assert 2.0 <= busy.pass_seconds <= 2.0 / 0.8
+    drafting = replace(plain(2.0, 0.16), profiled_bytes_per_s=1e9)
+    slow = forecast_drafting(plan_with(BASED, BASED), drafting, 0.99)
+    assert slow is not None and 2.0 / 0.8 < slow.pass_seconds <= 2.0 / 0.65
     assert busy.decode_tok_s < idle.decode_tok_s
 
 
