@@ -139,7 +139,7 @@ def _drafting(found: Forecast) -> list[str]:
         f"drafts   {drafts.decode_tok_s:.3g} tok/s, {gain:.1f} times as fast: "
         f"{drafts.tokens_per_pass:.1f} tokens from a pass of {drafts.pass_seconds:.2g} s, before "
         f"{100 * drafts.ready_share:.0f} % of which",
-        f"         all drafts are ready, if {100 * drafts.acceptance:.0f} % of them are right ({how})",
+        f"         drafts are ready, if {100 * drafts.acceptance:.0f} % of them are right ({how})",
     ]
 
 

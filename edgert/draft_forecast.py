@@ -8,12 +8,13 @@ With a the chance that a drafted token is right, a pass that verifies k of them 
     E(k) = 1 + a + ... + a^k      tokens.
 
 It takes P(k): the S bytes that it reads at R', what the disk delivers while the cores work (a
-slower one loses nothing), or what it computes, V(k), if that is more. The time between the two goes into drafts beside the pass
-(draft_walk.py), r(k) = (S / R' - V(k)) / D of them, D being a token computed with the bits in
-memory: as long as one with all weights, by the share of their bytes. Of them the first guesses the
-token that the pass itself gives; if the pass was right as a whole and this one too, with chance
-a^(k+1), the other r - 1 are there when it ends. Else k are drafted anew, in k D seconds. So passes
-come in runs, and the speed is what a run gives on average by what it takes (renewal reward):
+slower one loses nothing), or what it computes, V(k), if that is more. The time between the two goes
+into drafts beside the pass (draft_walk.py), r(k) = (S / R' - V(k)) / D of them, D being a token
+computed with the bits in memory: as long as one with all weights, by the share of their bytes. Of
+them the first guesses the token that the pass itself gives; if the pass was right as a whole and
+this one too, with chance a^(k+1), the other r - 1 are there when it ends. Else k are drafted anew,
+in k D seconds. So passes come in runs, and the speed is what a run gives on average by what it
+takes (renewal reward):
 
                     tokens    seconds                  goes on with chance
     first pass      E(k)      k D + P(k)               a^(k+1)
@@ -22,6 +23,7 @@ come in runs, and the speed is what a run gives on average by what it takes (ren
 k and j are those that give most tokens a second, as the engine looks for them (speculation.py).
 
 From the profile, by way of the prediction: R', V, D. Learnt of the model, or assumed: a.
+DESIGN.md compares it with runs.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from edgert.prediction import Prediction
 
 __all__ = ["Costs", "DraftForecast", "cycle", "draft_bits", "forecast_drafting"]
 
-# Acceptance by bits of 8, where nothing was learnt: of stories260K, greedy, 56 of at most 60
-# with 4 bits and 28 of at most 35 with 3, each pass counted up to its first wrong one; of 5 bits by
-# way of a study of drafts of 8 tokens. (Drafts end at unsure tokens: of all, .86 and .67 are right.)
+# Acceptance by bits of 8, where nothing was learnt: of stories260K, greedy, 56 of at most 60 with 4
+# bits and 28 of at most 35 with 3, each pass counted up to its first wrong one; of 5 bits by way of
+# a study of drafts of 8 tokens. (Drafts end at unsure tokens: of all, .86 and .67 are right.)
 ASSUMED = {3.0: 0.80, 4.0: 0.93, 5.0: 0.97, 8.0: 1.0}
 _MOST = 15  # tokens of a draft
 # Of what the idle disk gives, while two cores verify, draft and serve reads: 1.2 to 1.4 GB/s of 1.8
-# to 2.2. (The profile reads beside cores that only read memory.)
+# to 2.5. (The profile reads beside cores that only read memory.)
 _WORKING_SHARE = 0.65
 _FAR, _SELDOM = 64, 1e-4  # passes of a run that are looked at, and how likely the last is at least
 _UNLIKELY = 0.1  # guesses beside a pass that are right less often are not made (model_drafter.py)
@@ -85,7 +87,6 @@ class Costs:
     token: float  # more for each token of it
     overhead: float
     flash: float  # of a pass, with cores that work
-    rest: float  # by what reading goes faster while they do not
 
     def passes(self, k: int, chance: float) -> tuple[float, int]:
         """Seconds of a pass that verifies `k` tokens, and how many are drafted beside it."""
@@ -93,8 +94,7 @@ class Costs:
         room = max(self.flash - computing, 0.0)
         likely = log(_UNLIKELY) / log(chance) - k if chance < 1 else _MOST + 1
         made = int(max(min(room / self.draft, likely, _MOST + 1), 0))
-        idle = room - made * self.draft
-        return computing + made * self.draft + idle * self.rest, made
+        return computing + room, made
 
 
 def forecast_drafting(
@@ -119,7 +119,6 @@ def forecast_drafting(
         token=plain.prefill.compute / plain.prompt_tokens,
         overhead=terms.overhead,
         flash=terms.flash / busy,
-        rest=busy,
     )
     most = min(_MOST, plan.prefill_tokens - 1, plan.logit_rows - 1)
     found = [
