@@ -135,12 +135,11 @@ def _drafting(found: Forecast) -> list[str]:
         return []
     how = "learnt of this model" if drafts.is_learnt else "assumed until it has drafted"
     gain = drafts.decode_tok_s / found.prediction.decode_tok_s
-    spent = drafts.drafted_tokens * drafts.draft_seconds
     return [
-        f"drafts   {drafts.decode_tok_s:.3g} tok/s, {gain:.1f} times as fast: of "
-        f"{drafts.drafted_tokens} tokens drafted in {spent:.2g} s",
-        f"         {drafts.tokens_per_pass - 1:.1f} are kept, and one more from verifying them, "
-        f"if {100 * drafts.acceptance:.0f} % are right ({how})",
+        f"drafts   {drafts.decode_tok_s:.3g} tok/s, {gain:.1f} times as fast: "
+        f"{drafts.tokens_per_pass:.1f} tokens from a pass of {drafts.pass_seconds:.2g} s, before "
+        f"{100 * drafts.ready_share:.0f} % of which",
+        f"         drafts are ready, if {100 * drafts.acceptance:.0f} % of them are right ({how})",
     ]
 
 

@@ -71,11 +71,15 @@ def planner(
     process: int,
     profile: DeviceProfile | None,
     known: ExpertProfile | None = None,
+    needs: dict[int, Need] | None = None,
 ) -> Callable[[int], Plan]:
-    """A function from a budget in bytes to the plan for these options; keeps what it measures."""
+    """A function from a budget in bytes to the plan for these options.
+
+    `needs` keeps what was measured of the model, also for another process or profile.
+    """
     chances = None if known is None else known.chances
-    needs: dict[int, Need] = {}
-    checksums = checksum_bytes(opened.path) if options.verify_checksums else 0
+    needs = {} if needs is None else needs
+    checksums = checksum_bytes(opened.manifest) if options.verify_checksums else 0
 
     def plan_for(budget: int) -> Plan:
         wanted = PlanOptions(
@@ -137,7 +141,8 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
     """
     profile = load_profile(opened.manifest.files, options.threads or default_threads())
     known = known_experts(opened)
-    plan_for = planner(opened, options, process, profile, known)
+    needs: dict[int, Need] = {}
+    plan_for = planner(opened, options, process, profile, known, needs)
     asked = options.memory_budget
     needs_full = asked is None or (isinstance(asked, str) and "%" in asked)
     full = plan_for(sys.maxsize).full_bytes if needs_full else 0
@@ -146,10 +151,9 @@ def make_plan(opened: Opened, options: LoadOptions, process: int, *, here: bool 
         return plan_for(budget)
     budget = within_cgroup(budget)
     plan = plan_for(budget)
-    del plan_for  # and what it keeps
-    # What planning leaves in the process counts too: 10 to 20 MiB for packs of 4 and 8 GB.
+    # What planning leaves in the process counts too: some MiB, of packs of 4 and 8 GB.
     held = process_bytes(opened, measured=True)
     if held <= process:
         return plan
     del plan  # its memory serves the next one
-    return planner(opened, options, held, profile, known)(budget)
+    return planner(opened, options, held, profile, known, needs)(budget)

@@ -142,7 +142,7 @@ def load(
     )  # fmt: skip
     opened = open_model(path)
     if verify_checksums:
-        checksum_bytes(opened.path)  # raises where there are none
+        checksum_bytes(opened.manifest)  # raises where there are none
     wanted = opened.kernel_set(kv_cache_type)
     for name, done, total in compile_apart(wanted, _bytes_of(memory_budget)):
         if on_progress:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +25,7 @@ from edgert.device_profile import DeviceProfile
 from edgert.errors import BudgetError, ContextError
 from edgert.models.spec import ModelSpec
 from edgert.plan_nested import keep_bases
-from edgert.plan_parts import (
-    Base,
-    Need,
-    Sizes,
-    TilePlan,
-    choose_resident,
-    measure,
-    need_of,
-    resident_why,
-    ring_of,
-)
+from edgert.plan_parts import Need, Sizes, TilePlan, measure, need_of
 from edgert.plan_policy import (
     USUAL,
     ExpertLoad,
@@ -46,30 +35,22 @@ from edgert.plan_policy import (
     requests_for,
 )
 from edgert.plan_records import Plan, PlanOptions, Region
+from edgert.plan_regions import Held, Kept, Shape, record, total_bytes
+from edgert.plan_resident import choose_resident
 from edgert.storage.manifest import Manifest
 from edgert.units import MIB
 
-__all__ = ["Plan", "PlanOptions", "Region", "plan_memory"]
+__all__ = ["Layout", "Plan", "PlanOptions", "Region", "plan_memory"]
 
-# Each takes some 400 bytes of the process while plans are compared: 8 GB in tiles of 128 KiB would
-# be 25 MB, for a smallest budget that is 1 MiB lower.
+# Each takes some 400 bytes of the process in a plan: 8 GB in tiles of 128 KiB would be 25 MB, for a
+# smallest budget that is 1 MiB lower.
 _MOST_TILES = 1 << 14
 _CONTEXTS = (4096, 2048, 1024, 512, 256)
 _COMFORT = 6  # activations, ring and staging may take 1/6 of what is left beside the process
 _CONTEXT_SHARE = 8  # and a KV cache nobody asked for 1/8
 _SHORT = 1024  # tokens of context below which one that nobody asked for is not cut for wide bases
+_RING_TILES = 3  # no ring turns with fewer: they are kept, whatever it takes
 _ENOUGH_TOKENS = 16  # a pass of fewer is only worth its memory when weights are streamed anyway
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes that trade speed for memory."""
-
-    tokens: int  # of one pass
-    slots: int  # of the ring
-    tile_bytes: int
-    readers: int  # reader threads of each stream, with a buffer each
-
 
 # From comfortable to frugal. Of six threads four read and two repack (storage/README.md). At 1 GB/s
 # tiles of 1 MiB do as well as larger ones; of a disk at 2.1 GB/s ten slots of 1 MiB reached 83 % in
@@ -89,17 +70,6 @@ _NESTED_SLOTS, _NESTED_GROWTH = 8, 5 / 3
 # Where bases fit but for some MiB. With tiles of 512 KiB, of which 64 and 256 are read, the readers
 # took 0.24 of two cores (4 GB at 45 %, 3 bits, 1 GB/s).
 _NESTED_TIGHT = Shape(48, 8, 3 * MIB // 2, 5)
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What stays in memory."""
-
-    resident: tuple[bool, ...]  # for each tile: all of it
-    bases: tuple[Base | None, ...] | None  # for each tile: what stays of it while it is streamed
-    ring: int  # slots that would hold whole tiles
-    expert_slots: int
-    embedding: bool
 
 
 def plan_memory(
@@ -132,23 +102,22 @@ def plan_memory(
     ]
     needs = {} if needs is None else needs
     given = process_bytes + options.checksum_bytes
-    layout = _Layout(spec, manifest, options, given, needs, chances)
+    layout = Layout(spec, manifest, options, given, needs, chances)
     nothing = replace(options, budget_bytes=0)
-    smallest = _Layout(spec, manifest, nothing, given, needs)
-    full = layout.plan(contexts[0], shapes[0], everything=True)
-    frugal = min(
-        smallest.plan(contexts[-1], shapes[-1]),
-        smallest.plan(contexts[-1], shapes[-1], keep_dense=True),
-        key=lambda plan: plan.total_bytes,
-    )
-    floor_bytes = frugal.total_bytes
+    smallest = Layout(spec, manifest, nothing, given, needs)
+    full_bytes = layout.bytes_of(contexts[0], shapes[0], everything=True)
+    ways = (False, True)  # to hold matrices in as little as possible: streamed, or resident
+    least = [smallest.bytes_of(contexts[-1], shapes[-1], keep_dense=way) for way in ways]
+    floor_bytes = min(least)
     if options.budget_bytes < floor_bytes:
         hint = "" if options.context_length is None else "a shorter --ctx-size needs less"
+        keep_dense = least[1] < least[0]
+        frugal = smallest.plan(contexts[-1], shapes[-1], keep_dense=keep_dense)
         table = replace(frugal, budget_bytes=options.budget_bytes).table()
         raise BudgetError(options.budget_bytes, floor_bytes, table, hint)
     chosen = _choose(layout, contexts, shapes, profile)
     assert chosen.total_bytes <= options.budget_bytes
-    return replace(chosen, floor_bytes=floor_bytes, full_bytes=full.total_bytes)
+    return replace(chosen, floor_bytes=floor_bytes, full_bytes=full_bytes)
 
 
 def _choices(asked: int | None, usual: Sequence[int], most: int) -> list[int]:
@@ -176,7 +145,7 @@ def _suited(
 
 
 def _choose(
-    layout: _Layout,
+    layout: Layout,
     contexts: Sequence[int],
     shapes: Sequence[Shape],
     profile: DeviceProfile | None,
@@ -219,7 +188,7 @@ class _Sums:
     streamed_bytes: int  # about; in memory
 
 
-class _Layout:
+class Layout:
     """Lays out one model for given sizes. Pure; what is measured once is kept."""
 
     def __init__(
@@ -237,6 +206,7 @@ class _Layout:
         self.given_bytes = given_bytes  # the process and checksums
         self._needs = needs
         self._chances = chances
+        self._sizes: dict[tuple[int, int, int], Sizes] = {}
 
     def need(self, tile_bytes: int) -> Need:
         """The model cut into tiles of about `tile_bytes`."""
@@ -245,10 +215,17 @@ class _Layout:
             self._needs[tile_bytes] = need_of(self.spec, self.manifest, threads, kv, tile_bytes)
         return self._needs[tile_bytes]
 
+    def sizes(self, context: int, shape: Shape) -> Sizes:
+        """What depends on context and pass."""
+        key = (context, shape.tokens, shape.tile_bytes)
+        if key not in self._sizes:
+            self._sizes[key] = measure(self.need(shape.tile_bytes), context, shape.tokens)
+        return self._sizes[key]
+
     def sums(self, context: int, shape: Shape, everything: bool, bits: int = 0) -> _Sums:
         """What `plan` takes for these sizes, or a little less; with a base of `bits` of all."""
         need = self.need(shape.tile_bytes)
-        sizes = measure(need, context, shape.tokens)
+        sizes = self.sizes(context, shape)
         reading = shape.readers * need.staging_bytes + need.row_bytes
         fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
         fixed += need.vector_bytes + reading
@@ -297,6 +274,21 @@ class _Layout:
         each = need.slots_bytes(need.expert_count) // need.expert_count
         return ExpertLoad.of(layers, self.spec.num_experts, k, each, self._chances)
 
+    def bytes_of(
+        self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
+    ) -> int:
+        """What `plan` takes with everything resident, or where the budget is nothing."""
+        need = self.need(shape.tile_bytes)
+        ring = min(shape.slots, need.n_tiles - 1)
+        if everything:
+            held = Held(need.tile_bytes, 0, need.expert_count, True)
+        elif keep_dense or need.n_tiles < _RING_TILES:
+            held = Held(need.tile_bytes, 0, _least_experts(need), False)
+        else:
+            held = Held(0, ring, _least_experts(need), False)
+        sizes = self.sizes(context, shape)
+        return total_bytes(need, self.options, self.given_bytes, shape, sizes, held)
+
     def plan(
         self, context: int, shape: Shape, *, everything: bool = False, keep_dense: bool = False
     ) -> Plan:
@@ -305,95 +297,42 @@ class _Layout:
         its smallest size when that is too little.
         """
         need = self.need(shape.tile_bytes)
-        sizes = measure(need, context, shape.tokens)
-        reading = shape.readers * need.staging_bytes
-        fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
-        fixed += need.vector_bytes + need.row_bytes + reading
+        sizes, tiles = self.sizes(context, shape), need.tiles
         if everything:
-            kept = Kept(tuple(True for _ in need.tiles), None, 0, need.expert_count, True)
+            kept = Kept(tiles, (True,) * len(tiles), None, 0, need.expert_count, True)
         else:
+            reading = shape.readers * need.staging_bytes
+            fixed = self.given_bytes + sizes.kv_bytes + sizes.activation_bytes + sizes.table_bytes
+            fixed += need.vector_bytes + need.row_bytes + reading
             room = self.options.budget_bytes - fixed
-            kept = _keep(need, room, shape.slots, reading, keep_dense)
-        return _plan(need, self.options, self.given_bytes, shape, sizes, context, kept)
+            kept = _keep(need, tiles, room, shape.slots, reading, keep_dense)
+        return record(need, self.options, self.given_bytes, shape, sizes, context, kept)
 
 
-def _keep(need: Need, room: int, slots: int, reading: int, keep_dense: bool) -> Kept:
+def _least_experts(need: Need) -> int:
+    """Slots for experts without which no layer can be computed."""
+    return min(need.expert_count, need.experts_per_token)
+
+
+def _keep(
+    need: Need, tiles: tuple[TilePlan, ...], room: int, slots: int, reading: int, keep_dense: bool
+) -> Kept:
     """What stays in `room` bytes: tiles of the matrices first, then as many experts as fit."""
     window = slots * need.slot_bytes + (reading if need.experts else 0)
-    least = min(need.expert_count, need.experts_per_token)
+    least = _least_experts(need)
     room -= need.slots_bytes(least)
     bases = None
     if keep_dense or need.tile_bytes <= room:
-        resident = tuple(True for _ in need.tiles)
-    elif need.bases and (bases := keep_bases(need.tiles, room - window, slots)):
+        resident = (True,) * len(tiles)
+    elif need.bases and (bases := keep_bases(tiles, room - window, slots)):
         resident = tuple(base is None for base in bases)
     else:
-        resident = choose_resident(need.tiles, max(room - window, 0), slots)
+        resident = choose_resident(tiles, max(room - window, 0), slots)
     streamed = resident.count(False)
-    if streamed < 3:  # no ring turns with fewer: keep them, whatever it takes
-        resident, bases, streamed = tuple(True for _ in need.tiles), None, 0
+    if streamed < _RING_TILES:
+        resident, bases, streamed = (True,) * len(tiles), None, 0
     slots = min(slots, max(streamed - 1, 0))
-    room -= sum(t.nbytes for t, keep in zip(need.tiles, resident, strict=True) if keep)
+    room -= sum(t.nbytes for t, keep in zip(tiles, resident, strict=True) if keep)
     room -= window if streamed else 0
     experts = need.slots_within(need.slots_bytes(least) + max(room, 0))
-    return Kept(resident, bases, slots, experts, False)
-
-
-def _plan(
-    need: Need,
-    options: PlanOptions,
-    given_bytes: int,
-    shape: Shape,
-    sizes: Sizes,
-    context: int,
-    kept: Kept,
-) -> Plan:
-    """The plan's record for what was decided."""
-    tiles = _numbered(need.tiles, kept)
-    buffers = shape.readers * (2 if need.experts and kept.ring else 1)
-    in_memory = sum(t.memory_bytes for t in tiles)
-    streamed = sum(t.read_bytes for t in tiles if t.stream_index >= 0)
-    window = kept.ring * need.slot_bytes
-    slots, slot_bytes = ring_of(window, need, tiles)
-    experts = need.slots_bytes(kept.expert_slots)
-    embedding = need.embedding_bytes if kept.embedding else 0
-    process, sums = given_bytes - options.checksum_bytes, options.checksum_bytes
-    regions = (
-        Region("process", process, "interpreter, libraries, compiled kernels, tokenizer"),
-        Region("checksums", sums, "one for each page of the file"),
-        Region("KV cache", sizes.kv_bytes, sizes.kv_why),
-        Region("activations", sizes.activation_bytes, f"one pass of {shape.tokens} tokens"),
-        Region("vectors", need.vector_bytes + sizes.table_bytes, "norms, biases, rotary table"),
-        Region("resident", in_memory, resident_why(tiles)),
-        Region("embedding", embedding, "token rows"),
-        Region("window", window, f"{slots} slots for streamed tiles"),
-        Region("experts", experts, f"{kept.expert_slots} of {need.expert_count} expert records"),
-        Region(
-            "staging",
-            buffers * need.staging_bytes + need.row_bytes,
-            f"{buffers} read buffers, one token row",
-        ),
-    )
-    return Plan(
-        budget_bytes=options.budget_bytes, regions=regions, floor_bytes=0, full_bytes=0,
-        context_length=context, prefill_tokens=shape.tokens, logit_rows=sizes.logit_rows,
-        threads=options.threads, reader_threads=shape.readers,
-        kv_cache_type=options.kv_cache_type, tile_bytes=shape.tile_bytes, tiles=tiles,
-        slots=slots, slot_bytes=slot_bytes, expert_slots=kept.expert_slots,
-        expert_slot_bytes=need.slots_bytes(1), expert_sizes=need.sizes(kept.expert_slots),
-        staging_bytes=need.staging_bytes,
-        staging_buffers=buffers, embedding_resident=kept.embedding,
-        resident_bytes=in_memory + need.vector_bytes + experts + embedding,
-        streamed_bytes=streamed, expert_bytes=need.expert_bytes, weight_bytes=need.weight_bytes,
-    )  # fmt: skip
-
-
-def _numbered(tiles: Sequence[TilePlan], kept: Kept) -> tuple[TilePlan, ...]:
-    """The tiles with the streamed ones numbered in execution order."""
-    index = count()
-    return tuple(
-        tile if whole else tile.placed(next(index), base)
-        for tile, whole, base in zip(
-            tiles, kept.resident, kept.bases or [None] * len(tiles), strict=True
-        )
-    )
+    return Kept(tiles, resident, bases, slots, experts, False)

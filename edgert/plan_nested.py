@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgert.plan_parts import Base, TilePlan, at_least, spread_evenly
+from edgert.plan_parts import Base, TilePlan, at_least
+from edgert.plan_resident import spread_evenly
 
 __all__ = ["keep_bases"]
 

@@ -1,15 +1,14 @@
 """What a plan is made of: the tiles of the matrices, and the sizes of the rest.
 
-Owns: cutting matrices into tiles, choosing which stay, measuring everything a plan must hold. Pure.
-Must not know the budget's policy (plan.py) nor how anything is read.
+Owns: cutting matrices into tiles, measuring everything a plan must hold. Pure. Must not know the
+budget's policy (plan.py), which tiles stay (plan_resident.py), nor how anything is read.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from math import gcd, lcm
 
 import numpy as np
@@ -27,22 +26,21 @@ from edgert.models.tensors import TensorNeed, TensorRole, check_tensors
 from edgert.quant.formats import QuantFormat
 from edgert.storage.backend import ALIGNMENT
 from edgert.storage.expert_cache import SlotSizes
-from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.manifest import Extent, Manifest, TensorEntry
 from edgert.storage.reader import parts_bytes
 from edgert.units import KIB, MIB, align_up, format_bytes
 
 __all__ = [
     "Base",
+    "Cut",
     "Need",
     "Sizes",
     "TilePlan",
     "at_least",
-    "choose_resident",
     "measure",
     "need_of",
     "resident_why",
     "ring_of",
-    "spread_evenly",
 ]
 
 _ADDRESS_BYTES = 64  # of a tile that is computed from its parts
@@ -99,14 +97,45 @@ class TilePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A matrix in tiles that are alike but for their place: full ones, and perhaps a shorter last.
+
+    A file of 4 GB has 16,000 tiles of the smallest size and some 250 matrices, so plans are
+    compared without laying tiles out.
+    """
+
+    entry: TensorEntry
+    kinds: tuple[tuple[int, TilePlan], ...]  # how many tiles of a size, and the first of them
+
+    def tiles(self) -> Iterator[TilePlan]:
+        """All of them, in order."""
+        for count, like in self.kinds:
+            for first in range(like.first_row, like.first_row + count * like.rows, like.rows):
+                extents = self.entry.extents(first, first + like.rows)
+                yield TilePlan(
+                    like.tensor, first, like.rows, like.nbytes, extents, like.is_head, like.bases
+                )
+
+    def read_bytes(self) -> int:
+        """The most that one read of a tile takes, in whole blocks of the disk."""
+        most = 0
+        for count, like in self.kinds:
+            turns = lcm(*(ALIGNMENT // gcd(ALIGNMENT, e.nbytes) for e in like.extents))
+            for i in range(min(count, turns)):  # then they lie in blocks as those before
+                parts = [Extent(0, e.offset + i * e.nbytes, e.nbytes) for e in like.extents]
+                most = max(most, parts_bytes(parts, ALIGNMENT))
+        return most
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """Everything of a model that does not depend on the budget."""
 
     spec: ModelSpec
     needs: dict[str, TensorNeed]
     inputs: Inputs
-    tiles: tuple[TilePlan, ...]
-    tile_bytes: int  # of all of them
+    cuts: tuple[Cut, ...]  # the matrices, in the order of the pass
+    tile_bytes: int  # of all their tiles
     weights: int  # number of weights in them
     bases: dict[int, int]  # bits of a base -> bytes in memory when no tile has less
     experts: tuple[LayerExperts, ...]  # one a layer; empty for a dense model
@@ -121,6 +150,16 @@ class Need:
     slot_sizes: npt.NDArray[np.int64] = field(repr=False)  # with n slots for experts the first n
     expert_bytes: int  # of an expert in the file, on average
     weight_bytes: int
+
+    @property
+    def tiles(self) -> tuple[TilePlan, ...]:
+        """Every tile, made anew: all but the tiles of a plan is known without them."""
+        return tuple(tile for cut in self.cuts for tile in cut.tiles())
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of tiles."""
+        return sum(count for cut in self.cuts for count, _ in cut.kinds)
 
     def slots_bytes(self, count: int) -> int:
         """Bytes of so many slots for experts."""
@@ -169,22 +208,24 @@ def need_of(
     Raises `ModelError` or `UnsupportedError` when the tensors are not those of the model.
     """
     needs = check_tensors(spec, manifest.tensors)
-    tiles: list[TilePlan] = []
-    for need in needs.values():
-        if need.kind == "matrix":
-            tiles += _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
+    cuts = [
+        _cut(manifest, need.name, tile_bytes, is_head=need.role is TensorRole.LM_HEAD)
+        for need in needs.values()
+        if need.kind == "matrix"
+    ]
     if spec.tie_word_embeddings:
-        tiles += _cut(manifest, head_tensor(spec), tile_bytes, is_head=True)
+        cuts.append(_cut(manifest, head_tensor(spec), tile_bytes, is_head=True))
+    kinds = [pair for cut in cuts for pair in cut.kinds]
     experts = expert_records(spec, needs, manifest, tile_bytes)
-    parts = [parts_bytes(t.extents, ALIGNMENT) for t in tiles]
-    kinds = [record for layer in experts for record in layer.records]
+    records = [record for layer in experts for record in layer.records]
     record_bytes = record_sizes(experts, spec)
     raw = [
         sum(part.extent.nbytes for part in layer.record(i).parts)
         for layer in experts
         for i in range(spec.num_experts)
     ]
-    staging = max([*parts, *(p.extent.nbytes + 2 * ALIGNMENT for r in kinds for p in r.parts)])
+    reads = [cut.read_bytes() for cut in cuts]
+    reads += [p.extent.nbytes + 2 * ALIGNMENT for r in records for p in r.parts]
     quantized = {f.name for f in _formats(manifest) if takes_quantized_input(f)}
     vectors = sum(
         align_up(4 * align_up(n.shape[-1], TILE_ROWS), 64)
@@ -195,12 +236,12 @@ def need_of(
     row = embedding.format.row_bytes(embedding.shape[1])
     return Need(
         spec=spec, needs=needs, inputs=inputs_of(_by_role(needs, manifest, spec), quantized),
-        tiles=tuple(tiles), bases={} if experts else base_sizes(tiles),
-        tile_bytes=sum(t.nbytes for t in tiles),
-        weights=sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles), experts=experts,
+        cuts=tuple(cuts), bases={} if experts else base_sizes(kinds),
+        tile_bytes=sum(n * t.nbytes for n, t in kinds),
+        weights=sum(cut.entry.parameters for cut in cuts), experts=experts,
         threads=threads, kv_cache_type=kv_cache_type,
-        slot_bytes=align_up(max(n for t in tiles for n in _slot_sizes(t)), ALIGNMENT),
-        staging_bytes=align_up(staging, ALIGNMENT), vector_bytes=vectors,
+        slot_bytes=align_up(max(n for _, t in kinds for n in _slot_sizes(t)), ALIGNMENT),
+        staging_bytes=align_up(max(reads), ALIGNMENT), vector_bytes=vectors,
         row_bytes=align_up(row + 2 * ALIGNMENT, ALIGNMENT),
         embedding_bytes=align_up(embedding.extent.nbytes, 64),
         record_bytes=record_bytes, slot_sizes=slot_sizes(record_bytes, spec.num_experts_per_tok),
@@ -229,8 +270,8 @@ def _by_role(
     return found
 
 
-def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[TilePlan]:
-    """The tiles of one matrix: whole groups of 16 rows of about `size` bytes."""
+def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> Cut:
+    """One matrix in tiles: whole groups of 16 rows of about `size` bytes."""
     entry = manifest.tensors[name]
     rows, columns = entry.shape
     group = tile_bytes(entry.format, columns)
@@ -239,26 +280,24 @@ def _cut(manifest: Manifest, name: str, size: int, *, is_head: bool) -> list[Til
         each = [e.nbytes for e in entry.extents(0, min(TILE_ROWS, rows))]
         even = lcm(*(ALIGNMENT // gcd(ALIGNMENT, nbytes) for nbytes in each))
         count = max(even, count // even * even)
-    step = TILE_ROWS * count
+    full, rest = divmod(rows, TILE_ROWS * count)
+    kinds = [(full, _tile(entry, 0, TILE_ROWS * count, is_head))] if full else []
+    kinds += [(1, _tile(entry, rows - rest, rest, is_head))] if rest else []
+    return Cut(entry, tuple(kinds))
 
-    @cache
-    def held(n: int) -> tuple[int, tuple[Base, ...]]:
-        """What `n` rows take in memory, whole and as bases."""
-        whole, bases = matrix_bytes(entry.format, n, columns), list[Base]()
-        for bits in entry.base_bits:
-            parts, kept = entry.base_parts(bits), matrix_bytes(entry.base_format(bits), n, columns)
-            slot = whole  # put together there, or, in parts, as it was read
-            if takes_parts(entry.format, entry.split(bits)):
-                slot = parts_bytes(entry.extents(0, n)[parts:], ALIGNMENT) + _ADDRESS_BYTES
-            bases.append(Base(bits, parts, kept, align_up(slot, ALIGNMENT)))
-        return whole, tuple(bases)
 
-    return [
-        TilePlan(name, first, n, nbytes, entry.extents(first, first + n), is_head, bases)
-        for first in range(0, rows, step)
-        for n in [min(step, rows - first)]
-        for nbytes, bases in [held(n)]
-    ]
+def _tile(entry: TensorEntry, first: int, rows: int, is_head: bool) -> TilePlan:
+    """The tile of `rows` rows from `first` on."""
+    columns = entry.shape[-1]
+    whole, bases = matrix_bytes(entry.format, rows, columns), list[Base]()
+    for bits in entry.base_bits:
+        parts, kept = entry.base_parts(bits), matrix_bytes(entry.base_format(bits), rows, columns)
+        slot = whole  # put together there, or, in parts, as it was read
+        if takes_parts(entry.format, entry.split(bits)):
+            slot = parts_bytes(entry.extents(0, rows)[parts:], ALIGNMENT) + _ADDRESS_BYTES
+        bases.append(Base(bits, parts, kept, align_up(slot, ALIGNMENT)))
+    extents = entry.extents(first, first + rows)
+    return TilePlan(entry.name, first, rows, whole, extents, is_head, tuple(bases))
 
 
 def measure(need: Need, context: int, tokens: int) -> Sizes:
@@ -311,11 +350,16 @@ def ring_of(window: int, need: Need, tiles: Sequence[TilePlan]) -> tuple[int, in
     return min(window // size, max(len(bases) - 1, 0)), size
 
 
-def base_sizes(tiles: Sequence[TilePlan]) -> dict[int, int]:
-    """Bytes in memory with a base of each width for every tile that has it; empty without bases."""
-    widths = sorted({base.bits for tile in tiles for base in tile.bases})
-    pairs = {bits: [(at_least(tile, bits), tile.nbytes) for tile in tiles] for bits in widths}
-    return {b: sum(base.nbytes if base else n for base, n in pairs[b]) for b in widths}
+def base_sizes(kinds: Sequence[tuple[int, TilePlan]]) -> dict[int, int]:
+    """Bytes in memory with a base of each width for every tile that has it; empty without bases.
+
+    `kinds`: how many tiles of a size there are, and one of them.
+    """
+    found = {base.bits: 0 for _, tile in kinds for base in tile.bases}
+    for bits in found:
+        pairs = [(n, at_least(tile, bits) or tile) for n, tile in kinds]
+        found[bits] = sum(n * kept.nbytes for n, kept in pairs)
+    return dict(sorted(found.items()))
 
 
 def resident_why(tiles: Sequence[TilePlan]) -> str:
@@ -324,46 +368,3 @@ def resident_why(tiles: Sequence[TilePlan]) -> str:
     bases = Counter(tile.base.bits for tile in tiles if tile.base)
     rest = "".join(f", the top {bits} bits of {bases[bits]}" for bits in sorted(bases))
     return f"{whole} of {len(tiles)} matrix tiles{rest}"
-
-
-def spread_evenly(costs: Sequence[int], first: Sequence[bool], room: int) -> list[bool]:
-    """Which items to spend `room` on: those that come first, if all fit, then others, evenly."""
-    taken = [False] * len(costs)
-    total = sum(costs)
-    ahead = sum(cost for cost, is_first in zip(costs, first, strict=True) if is_first)
-    if ahead <= room:
-        taken = list(first)
-        room -= ahead
-        total -= ahead
-    share = room / total if total else 0.0
-    owed = 0.0
-    for i, cost in enumerate(costs):
-        if taken[i]:
-            continue
-        owed += cost * share
-        if owed >= cost and cost <= room:
-            taken[i] = True
-            owed -= cost
-            room -= cost
-    return taken
-
-
-def choose_resident(tiles: Sequence[TilePlan], room: int, slots: int) -> tuple[bool, ...]:
-    """Which tiles stay in `room` bytes: the head first, then spread evenly, then what still fits.
-
-    A ring needs more streamed tiles than slots, so either nothing or more than `slots` is streamed.
-    """
-    total = sum(t.nbytes for t in tiles)
-    if total <= room:
-        return tuple(True for _ in tiles)
-    keep = spread_evenly([t.nbytes for t in tiles], [t.is_head for t in tiles], room)
-    left = room - sum(t.nbytes for t, kept in zip(tiles, keep, strict=True) if kept)
-    for i in sorted(range(len(tiles)), key=lambda i: -tiles[i].nbytes):
-        if not keep[i] and tiles[i].nbytes <= left:
-            keep[i] = True
-            left -= tiles[i].nbytes
-    for i in range(len(tiles)):
-        if len(tiles) - sum(keep) > slots:
-            break
-        keep[i] = False
-    return tuple(keep)

@@ -96,6 +96,8 @@ class Prediction:
     device_bytes_per_s: float  # the rate of the disk it was made with
     hit_rate: float | None  # of experts while decoding; None for a dense model
     even_routing: bool  # True: that is a guess, as if all experts were chosen equally often
+    busy_share: float = 1.0  # of that rate, while all cores compute
+    profiled_bytes_per_s: float = 0.0  # of the disk when it was profiled
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -151,6 +153,8 @@ def predict(
         device_bytes_per_s=model.rate,
         hit_rate=model.hit_rate,
         even_routing=model.missing > 0 and misses is None,
+        busy_share=model.busy_rate / model.rate,
+        profiled_bytes_per_s=model.profiled_rate,
     )
 
 
@@ -199,9 +203,9 @@ class _Model:
         self.load = load if count else None
         self.misses = misses or (lambda tokens: load.missed(tokens, plan.expert_slots))
         repack = min(r.repack_bytes_per_s for r in profile.kernels.values()) * plan.threads
-        profiled = profile.read_bytes_per_s(plan.staging_bytes, plan.reader_threads)
+        self.profiled_rate = profile.read_bytes_per_s(plan.staging_bytes, plan.reader_threads)
         self.repack = repack
-        self.rate = min(device_bytes_per_s or profiled, repack)
+        self.rate = min(device_bytes_per_s or self.profiled_rate, repack)
         self.busy_rate = min(profile.busy_read_bytes_per_s, self.rate)
         burst = min(profile.burst_bytes_per_s, repack)
         self.burst_rate = burst if burst > self.rate and drifted(self.rate, burst) else self.rate

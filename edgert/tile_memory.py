@@ -60,6 +60,11 @@ class TileMemory:
                 return
             yield unit, self._opened.tiles[unit.tile]
 
+    def room(self, units: Sequence[tuple[Unit, TilePlan]]) -> _Bytes:
+        """The bytes of `units`, some of a plan's that follow each other."""
+        begin = self._at(units[0][1], units[0][0].is_base) if units else 0
+        return self._region[begin : begin + sum(unit.nbytes for unit, _ in units)]
+
     def parts(self, unit: Unit, tile: TilePlan) -> Sequence[Extent]:
         """What is to be read for a unit."""
         return tile.extents[: tile.base.parts] if unit.is_base and tile.base else tile.extents

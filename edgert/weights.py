@@ -32,6 +32,7 @@ from edgert.storage.device import measure_read_rate
 from edgert.storage.expert_policy import policy_for
 from edgert.storage.expert_streamer import ExpertStreamer
 from edgert.storage.manifest import Extent, Manifest
+from edgert.storage.pages import being_touched
 from edgert.storage.reader import ReaderTeam
 from edgert.storage.streamer import Streamer
 from edgert.storage.window import Window
@@ -147,13 +148,14 @@ class Weights:
 
         total, done, count = sum(unit.nbytes for unit, _ in units), 0, 0
         try:
-            team.start_pipeline(take, place)
-            while count < len(units) and not team.failed[0]:
-                with suppress(Empty):  # a failure is looked for now and then
-                    done += placed.get(timeout=0.1)
-                    count += 1
-                    if progress:
-                        progress(done, total)
+            with being_touched(self._tiles.room(units)):
+                team.start_pipeline(take, place)
+                while count < len(units) and not team.failed[0]:
+                    with suppress(Empty):  # a failure is looked for now and then
+                        done += placed.get(timeout=0.1)
+                        count += 1
+                        if progress:
+                            progress(done, total)
         finally:
             team.stopping = True
             team.join()

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from edgert.errors import FormatError, InputError
 from edgert.storage.backend import Backend
 from edgert.storage.manifest import TILE_ROWS, Extent, Manifest, TensorEntry
-from edgert.storage.model_file import open_model_file
-from edgert.storage.pack import HEADER, MAGIC, PAGE, PackHeader, read_header
+from edgert.storage.model_file import open_model_file, read_magic
+from edgert.storage.pack import HEADER, MAGIC, PAGE, read_header
 from edgert.units import KIB
 
 __all__ = ["CheckedBackend", "Checksums", "checksum_bytes", "damaged", "read_checksums"]
@@ -69,32 +69,25 @@ class Checksums:
         return int(self.values[number - 1]) if self.running and number else 0
 
 
-def _header_of(path: Path) -> PackHeader:
-    with open_model_file(path) as (file, size):
-        return read_header(file.read(HEADER.size), path, size)
-
-
-def checksum_bytes(path: Path) -> int:
+def checksum_bytes(manifest: Manifest) -> int:
     """Bytes in memory of the checksums of a pack of which single pages can be compared.
 
     Raises `InputError` for a GGUF, which has none, and a pack of version 1, whose checksums are of
     1 MiB each.
     """
-    with open_model_file(path) as (file, _):
-        magic = file.read(len(MAGIC))
-    if magic != MAGIC:
+    path = manifest.files[0]
+    if manifest.checksum_bytes:
+        return manifest.checksum_bytes
+    if read_magic(path, len(MAGIC)) != MAGIC:
         raise InputError(
             f"{path} is no .edgert file, and has no checksums that could be verified; edgert pack "
             "makes one that has"
         )
-    header = _header_of(path)
-    if header.version < 2:
-        raise InputError(
-            f"{path} is version 1 of the .edgert format, with one checksum for each MiB, so what "
-            "is read of it cannot be verified piece by piece; pack the model again, or verify the "
-            "whole file with edgert show --verify"
-        )
-    return 4 * header.n_sums
+    raise InputError(
+        f"{path} is version 1 of the .edgert format, with one checksum for each MiB, so what "
+        "is read of it cannot be verified piece by piece; pack the model again, or verify the "
+        "whole file with edgert show --verify"
+    )
 
 
 def read_checksums(path: Path, values: npt.NDArray[np.uint32] | None = None) -> Checksums:

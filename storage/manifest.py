@@ -154,6 +154,7 @@ class Manifest:
     file_bytes: tuple[int, ...]
     metadata: Mapping[str, Any]  # str, int, float, bool, list[str] or a NumPy array
     tensors: Mapping[str, TensorEntry]  # in file order
+    checksum_bytes: int = 0  # of the checksums of single pages, where a pack has them
 
     @property
     def base_bits(self) -> tuple[int, ...]:

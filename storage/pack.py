@@ -185,6 +185,7 @@ def read_pack(path: str | Path) -> Manifest:
     return Manifest(
         files=(path,), file_bytes=(size,), metadata=MappingProxyType(metadata),
         tensors=MappingProxyType(tensors),
+        checksum_bytes=4 * header.n_sums if header.sum_step == PAGE else 0,
     )  # fmt: skip
 
 

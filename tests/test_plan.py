@@ -16,11 +16,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import edgert
+from edgert.config import LoadOptions
 from edgert.errors import BudgetError, ContextError, InputError
+from edgert.loading import make_plan
 from edgert.models.tensors import required_tensors
-from edgert.plan import Plan, PlanOptions, plan_memory
+from edgert.opening import open_model
+from edgert.plan import Layout, Plan, PlanOptions, plan_memory
+from edgert.plan_parts import TilePlan, need_of
+from edgert.plan_regions import Shape
 from edgert.quant.formats import BY_NAME
 from edgert.storage.manifest import Extent, Manifest, TensorEntry
+from edgert.storage.reader import parts_bytes
 from edgert.units import GIB, KIB, MIB, format_bytes
 from tests.tight import PROCESS, fixed_process
 from tests.tiny_specs import FAMILIES, metadata_of, tiny
@@ -112,6 +118,40 @@ def assert_sound(name: str, found: Plan) -> None:
     least = spec.num_experts_per_tok if spec.is_moe else 0
     assert least <= found.expert_slots <= experts
     assert found.region("experts").nbytes == found.expert_slots * found.expert_slot_bytes
+
+
+# ------------------------------------------------------------------------ sums and layouts
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [4 * KIB, 64 * KIB, 2 * MIB])
+def test_tiles_are_counted_and_measured_without_laying_them_out(name: str, size: int) -> None:
+    spec, manifest = MODELS[name], manifest_of(name)
+    need = need_of(spec, manifest, 2, "f16", size)
+    tiles = need.tiles
+    assert need.n_tiles == len(tiles)
+    assert need.tile_bytes == sum(t.nbytes for t in tiles)
+    assert need.weights == sum(t.rows * manifest.tensors[t.tensor].shape[-1] for t in tiles)
+    assert need.slot_bytes >= max(t.nbytes for t in tiles) > need.slot_bytes - 4096
+    for cut in need.cuts:
+        here = [t for t in tiles if (t.tensor, t.is_head) == _kind(cut.kinds[0][1])]
+        assert cut.read_bytes() == max(parts_bytes(t.extents, 4096) for t in here)
+    assert need.staging_bytes >= max(parts_bytes(t.extents, 4096) for t in tiles)
+
+
+def _kind(tile: TilePlan) -> tuple[str, bool]:
+    return tile.tensor, tile.is_head
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [Shape(64, 10, 96 * KIB, 6), Shape(1, 4, 8 * KIB, 2)])
+def test_the_smallest_and_the_full_budget_are_those_of_laid_out_plans(
+    name: str, shape: Shape
+) -> None:
+    layout = Layout(MODELS[name], manifest_of(name), PlanOptions(0, 2), PROCESS, {})
+    ways: tuple[dict[str, bool], ...] = ({}, {"keep_dense": True}, {"everything": True})
+    for way in ways:
+        assert layout.bytes_of(64, shape, **way) == layout.plan(64, shape, **way).total_bytes
 
 
 # ------------------------------------------------------------------------ for every budget
@@ -303,3 +343,22 @@ def test_a_share_is_of_what_the_whole_model_needs(tiny_gguf: Path) -> None:
         for nonsense in ("0%", "-5%", "101%", "x%", "%", "many", "", -1, 0, True, 1.5):
             with pytest.raises(InputError):
                 edgert.plan_model(tiny_gguf, memory_budget=nonsense)  # type: ignore[arg-type]
+
+
+def test_a_model_is_cut_once_however_often_it_is_planned(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What planning leaves in the process makes a second plan; only tiles are made anew for it."""
+    sizes: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        sizes.append(given[-1])
+        return need_of(*given)
+
+    held = iter([PROCESS + MIB])
+    monkeypatch.setattr("edgert.plan.need_of", counted)
+    monkeypatch.setattr("edgert.loading.load_profile", lambda files, threads: None)
+    monkeypatch.setattr("edgert.loading.process_bytes", lambda opened, *, measured: next(held))
+    found = make_plan(open_model(tiny_gguf), LoadOptions("100%"), PROCESS, here=True)
+    assert found.region("process").nbytes == PROCESS + MIB and next(held, None) is None
+    assert sizes and len(sizes) == len(set(sizes))
