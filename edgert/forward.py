@@ -25,6 +25,7 @@ from edgert.plan import Plan
 from edgert.programs import Programs
 from edgert.results import PassStats
 from edgert.speculation import PassCosts
+from edgert.storage.trial import Trial
 from edgert.threads import ThreadTeam
 from edgert.timeline import PASS, Span, no_span
 from edgert.weights import Weights
@@ -80,6 +81,8 @@ class Forward:
         self._change_waits = False
         self.stats = PassStats()
         self.costs = PassCosts(_growth(plan))
+        # A core that computes nothing may be worth more to those who read and place experts.
+        self.fewer_threads = Trial(turn=2)
         self._use(plan, programs)
 
     @property
@@ -339,7 +342,10 @@ class Forward:
             # Meant for the request before and came too late, or a change comes first: begin again.
             return False
         if self._weights.experts is not None:
-            self._weights.experts.note_pass(n, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            self._weights.experts.note_pass(n, seconds)
+            if n == 1:
+                self.fewer_threads.add(seconds)
         if self.on_pass is not None:
             self.on_pass(n)
         self._pass += 1
@@ -371,7 +377,7 @@ class Forward:
         experts = self._weights.experts
         if experts is not None and experts.may_miss and n <= rows.HINT_TOKENS:
             frame[rows.F_HINTS] = experts.prefetcher.on
-            frame[rows.F_THREADS] = (self._team.threads - 1) * experts.prefetcher.spare.on
+            frame[rows.F_THREADS] = (self._team.threads - 1) * self.fewer_threads.on
 
     def _raise_if_cancelled(self) -> None:
         if self._closed or (self._ticket is not None and self._ticket.cancelled):

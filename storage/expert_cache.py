@@ -17,8 +17,8 @@ import numpy.typing as npt
 from edgert.storage.expert_policy import ExpertPolicy
 
 __all__ = [
-    "Admission", "AdmissionPlan", "SlotSizes", "admit", "fitting", "plan_admission",
-    "plan_admission_ref", "plan_sized_admission", "that_fit",
+    "Admission", "AdmissionPlan", "SlotSizes", "admit", "admit_by", "fitting", "leaving",
+    "plan_admission", "plan_admission_ref", "plan_sized_admission", "that_fit",
 ]  # fmt: skip
 
 
@@ -69,25 +69,43 @@ def admit(
     owner: npt.NDArray[np.int64],
     stamps: npt.NDArray[np.int64],
     busy: npt.NDArray[np.bool_],
-    soon: Sequence[int] = (),
     sizes: SlotSizes | None = None,
 ) -> AdmissionPlan:
     """Slots for the missing experts `wanted`, by a policy, which learns of the uses and misses.
 
     Shapes: owner (n_slots,), -1 free; stamps (n_keys,), those of the current layer the largest;
-    busy (n_slots,). Experts that the next layer may want, `soon`, leave last, as do those of the
-    current one. The engine and the simulator both come here.
+    busy (n_slots,). The simulator comes here; the engine keeps ranks, and comes to `admit_by`.
     """
-    policy.observe(stamps)
-    rank = np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
-    if soon:
-        rank[np.isin(owner, soon)] = _CURRENT
-    if sizes is None:
-        plan = plan_admission(wanted, owner, rank, busy)
-    else:
-        plan = plan_sized_admission(wanted, owner, rank, busy, sizes)
+    plan = admit_by(leaving(policy, owner, stamps), wanted, owner, busy, (), sizes)
     policy.missed(len(plan.admitted))
     return plan
+
+
+def leaving(
+    policy: ExpertPolicy, owner: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """The rank of each slot's expert, (n_slots,), of which the lowest leaves first."""
+    policy.observe(stamps)
+    return np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
+
+
+def admit_by(
+    rank: npt.NDArray[np.float64],
+    wanted: Sequence[int],
+    owner: npt.NDArray[np.int64],
+    busy: npt.NDArray[np.bool_],
+    soon: Sequence[int] = (),
+    sizes: SlotSizes | None = None,
+) -> AdmissionPlan:
+    """As `admit`, by ranks that are known, and no miss for a policy to learn of.
+
+    Experts that the next layer may want, `soon`, leave last, as do those of the current one.
+    """
+    if soon:
+        rank = np.where(np.isin(owner, soon), _CURRENT, rank)
+    if sizes is None:
+        return plan_admission(wanted, owner, rank, busy)
+    return plan_sized_admission(wanted, owner, rank, busy, sizes)
 
 
 def plan_admission(

@@ -1,7 +1,6 @@
 """Experts read before they are asked for: what a hint names, and whether following it pays.
 
-Owns: the board of hints, the account of what was read ahead, the switch that follows from it, and
-whether passes of few tokens leave a core to those that read.
+Owns: the board of hints, the account of what was read ahead, and the switch that follows from it.
 Must not know files, threads or slots.
 
 Compiled code applies a later layer's router to the hidden state of now, and posts what it would
@@ -15,12 +14,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher", "Trial"]
+from edgert.storage.trial import Trial
+
+__all__ = ["ENVIRONMENT", "HINT_MAX", "Hint", "PrefetchCounts", "Prefetcher"]
 
 ENVIRONMENT = "EDGERT_PREFETCH"  # "on": experts are read ahead where that is faster
 HINT_MAX = 64
@@ -30,10 +30,8 @@ _DUE, _LAYER, _COUNT, _EXPERTS = range(4)
 _JUDGED = 64
 _REST = 64  # passes without hints after that, twice as many each time
 # Right guesses can still cost more than they save, where reading and computing share cores: passes
-# of one token take turns with and without hints, `_TURNS` of `_TURN` each; their medians decide.
-_TURN, _TURNS = 4, 8
-_HOLDS = 1024  # passes until they are compared again
-_WORTH = 0.99  # of the time without hints
+# of one token take turns with and without hints.
+_TURN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +51,6 @@ class PrefetchCounts:
     wasted: int = 0
 
 
-class Trial:
-    """Whether passes are faster one way than the other: with hints, or on fewer threads."""
-
-    def __init__(self, turn: int = _TURN) -> None:
-        self._turn = turn  # passes one way before the next go the other
-        self._seconds: dict[bool, list[float]] = {True: [], False: []}
-        self._verdict = True
-        self._holds = 0  # passes for which the verdict does
-
-    @property
-    def on(self) -> bool:
-        """Whether the next pass is to go that way."""
-        if self._holds:
-            return self._verdict
-        return sum(map(len, self._seconds.values())) // self._turn % 2 == 0
-
-    def add(self, seconds: float) -> None:
-        """A pass of one token took so long."""
-        if self._holds:
-            self._holds -= 1
-            return
-        self._seconds[self.on].append(seconds)
-        if sum(map(len, self._seconds.values())) == 2 * self._turn * _TURNS:
-            self._verdict = median(self._seconds[True]) <= _WORTH * median(self._seconds[False])
-            self._seconds = {True: [], False: []}
-            self._holds = _HOLDS
-
-
 class Prefetcher:
     """Reads hints and judges them. Not thread-safe; the streamer calls it under its lock."""
 
@@ -92,10 +62,7 @@ class Prefetcher:
         self.hint = Hint(0, ())  # the newest that was read
         self._loaded: dict[int, int] = {}  # keys in a slot, not wanted yet -> when they are due
         self._verdicts: deque[bool] = deque(maxlen=_JUDGED)
-        self._trial = Trial()
-        # A core without a compute thread may be worth more to those that read and place. Turns of
-        # another length than those of hints, so that neither is taken for the other.
-        self.spare = Trial(turn=2)
+        self._trial = Trial(_TURN)
         self._rest = 0  # passes without hints that are left
         self._rests = 0
 
@@ -148,8 +115,6 @@ class Prefetcher:
 
     def pass_ended(self, tokens: int, seconds: float) -> None:
         """Switch off for a while what was wrong too often, or slow; begin again after it."""
-        if tokens == 1:
-            self.spare.add(seconds)
         if self.allowed and not self._rest and tokens == 1:
             self._trial.add(seconds)
         if self._rest:

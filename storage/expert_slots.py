@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgert.storage.expert_cache import Admission, SlotSizes, admit, fitting
+from edgert.storage.expert_cache import Admission, SlotSizes, admit_by, fitting, leaving
 from edgert.storage.expert_policy import ExpertPolicy, Lru
 from edgert.storage.window import Window
 
@@ -50,6 +50,7 @@ class ExpertSlots:
         """Evict by another policy from now on. It begins with the last use of each expert."""
         self._policy_for = policy_for
         self.policy = policy_for(self.window.n_slots)
+        self._ranked_at = -1
         self.policy.observe(self.stamps)
         self.policy.missed(int(np.count_nonzero(self.stamps)))  # each was loaded once at least
 
@@ -68,6 +69,7 @@ class ExpertSlots:
     def _use(self, window: Window) -> None:
         self.window = window
         self.sizes = SlotSizes.of(self._record_bytes, window.sizes)
+        self._ranked_at = -1  # the stamp at which slots were ranked for `move_in_ahead`
 
     def fitting(self, keys: Sequence[int], before: Sequence[int], busy: _Bits) -> Sequence[int]:
         """Those of `keys` that can have a slot that is not busy, once `before` have one."""
@@ -85,14 +87,23 @@ class ExpertSlots:
         self, keys: Sequence[int], busy: _Bits, soon: Sequence[int] = ()
     ) -> tuple[Admission, ...]:
         """Give slots to experts, but none that is `busy` (n_slots,); as many as there are."""
-        plan = admit(self.policy, keys, self.owner, self.stamps, busy, soon, self.sizes)
-        for item in plan.admitted:
+        self._rank_slots(self.stamps)
+        plan = admit_by(self._rank, keys, self.owner, busy, soon, self.sizes)
+        self.policy.missed(len(plan.admitted))
+        return self._take(plan.admitted)
+
+    def _rank_slots(self, stamps: npt.NDArray[np.int64]) -> None:
+        self._ranked_at = int(stamps.max())
+        self._rank = leaving(self.policy, self.owner, stamps)
+
+    def _take(self, admitted: tuple[Admission, ...]) -> tuple[Admission, ...]:
+        for item in admitted:
             if item.evicted >= 0:
                 self.address[item.evicted] = 0
                 self.slot_of[item.evicted] = -1
             self.owner[item.slot] = item.expert
             self.slot_of[item.expert] = item.slot
-        return plan.admitted
+        return admitted
 
     def move_in_ahead(
         self, key: int, busy: _Bits, soon: Sequence[int], fence: Callable[[], None]
@@ -103,9 +114,13 @@ class ExpertSlots:
         So what was stamped while it was evicted is taken back (both sides with a full fence).
         """
         seen = self.stamps.copy()
-        busy = busy | ((self.owner >= 0) & (seen[self.owner] == seen.max()))
+        now = int(seen.max())
+        if self._ranked_at != now:  # once a layer: it is most of what a choice takes (0.26 ms)
+            self._rank_slots(seen)
+        busy = busy | ((self.owner >= 0) & (seen[self.owner] == now))
         busy[self.held(soon)] = True
-        found = self.move_in([key], busy)
+        plan = admit_by(self._rank, [key], self.owner, busy, (), self.sizes)
+        found = self._take(plan.admitted)
         fence()
         for item in found:
             tenant = item.evicted
@@ -114,6 +129,7 @@ class ExpertSlots:
                 self.slot_of[key] = -1
                 self.publish(tenant)
                 return ()
+            self._rank[item.slot] = self._rank.max()  # no place for the next one
         return found
 
     def publish(self, key: int) -> None:

@@ -313,8 +313,9 @@ class ExpertStreamer:
         self.slots.policy.missed(self.prefetcher.settle(self.slots.stamps, now))
 
     def _claim(self, load: Load) -> None:
-        """An expert that is read ahead is wanted."""
+        """An expert that is read ahead is wanted: a miss, which none was when it got its slot."""
         self.prefetcher.late()
+        self.slots.policy.missed(int(load.slot >= 0))
         self._queue.claim(load)
 
     def _give_back(self, job: Job) -> None:

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,12 +17,17 @@ from edgert.kernels_cpu import rows
 from edgert.kernels_cpu.abi import address_of, row_stride
 from edgert.kernels_cpu.moe import moe_route_kernel, moe_route_op, moe_route_ref
 from edgert.kernels_cpu.program import ProgramBuilder
+from edgert.storage.expert_cache import admit
+from edgert.storage.expert_policy import Lru, Robust
 from edgert.storage.expert_prefetch import HINT_MAX, Hint, Prefetcher
+from edgert.storage.expert_slots import ExpertSlots
 from edgert.storage.expert_streamer import DONE, READY, WANTED
+from edgert.storage.trial import Trial
+from edgert.storage.window import Window
 from edgert.threads import ThreadTeam
 from tests.answers import answer, expected, prompt
 from tests.faults import FaultPlan
-from tests.slots import wait_for
+from tests.slots import pages, wait_for
 from tests.test_expert_streamer import N_EXPERTS, N_LAYERS, Experts
 from tests.tight import tight
 
@@ -236,6 +242,53 @@ def test_hints_that_lie_cost_time_and_nothing_else(n_slots: int, threads: int) -
     assert (s.state == DONE).all() and READY not in s.state
 
 
+def test_slots_ranked_once_a_layer_are_chosen_as_if_ranked_each_time() -> None:
+    shape, rng = (N_LAYERS, N_EXPERTS), random.Random(1)
+    slots = ExpertSlots(shape, Window(pages(14 * 4096), 4096), None)
+    chosen = 0
+    for clock in range(1, 200):
+        first = clock % N_LAYERS * N_EXPERTS
+        used = [first + e for e in rng.sample(range(N_EXPERTS), 3)]
+        slots.stamps[used] = clock
+        busy = np.zeros(14, np.bool_)
+        slots.move_in([key for key in used if slots.slot_of[key] < 0], busy)
+        named = [key for key in rng.sample(range(len(slots.stamps)), 6) if key not in used]
+        for key in [key for key in named if slots.slot_of[key] < 0]:
+            taken = busy | np.isin(slots.owner, [*used, *named])
+            plan = admit(Lru(shape), [key], slots.owner.copy(), slots.stamps, taken)
+            assert slots.move_in_ahead(key, busy, named, lambda: None) == plan.admitted
+            chosen += len(plan.admitted)
+    assert chosen > 100
+
+
+@pytest.mark.parametrize("n_slots", [9, 20])
+def test_a_policy_learns_of_each_miss_once_whenever_it_was_read(n_slots: int) -> None:
+    """Read ahead and used, asked for on its way, or read when asked for; the unused are none."""
+    policy = Robust((N_LAYERS, N_EXPERTS), n_slots, Lru((N_LAYERS, N_EXPERTS)))
+    moe = Experts(n_slots, 4, FaultPlan(delay_s=0.0002), policy_for=lambda _slots: policy)
+    s = moe.streamer
+    dropped = mock.Mock(side_effect=s.prefetcher.dropped)
+    s.prefetcher.dropped = dropped  # type: ignore[method-assign]
+    s.start()
+    rng = random.Random(n_slots)
+    for _ in range(40):
+        for layer in range(N_LAYERS):
+            hint(moe, layer, rng.sample(range(N_EXPERTS), 3))
+            if rng.random() < 0.5:
+                due = moe.clock + 1
+                assert wait_for(
+                    lambda due=due: s.prefetcher.hint.due == due and not s._queue.loads, s.failed
+                )
+            assert moe.compute(layer, rng.sample(range(N_EXPERTS), 2))
+    assert wait_for(lambda: not s._queue.loads, s.failed)
+    s.note_pass(0, 0.0)
+    s.close()
+    counts = s.prefetcher.counts
+    assert counts.useful and counts.late and counts.wasted
+    whole_and_unused = counts.wasted - dropped.call_count
+    assert policy.misses == s.loads - whole_and_unused < s.loads
+
+
 # ---- the engine ---------------------------------------------------------------------------
 
 
@@ -273,31 +326,39 @@ def test_a_core_is_left_to_readers_where_passes_are_faster_so(
     fewer: float, all_threads: float
 ) -> None:
     """Whatever hints cost in their own turns, which are of another length."""
-    prefetcher = Prefetcher((2, 4))
+    prefetcher, trial = Prefetcher((2, 4)), Trial(turn=2)
     prefetcher.allowed = True
     ways = []
     for _ in range(200):
-        way = prefetcher.spare.on
+        way = trial.on
         ways.append(way)
         hints = 1.5 if prefetcher.on else 1.0
-        prefetcher.pass_ended(1, (fewer if way else all_threads) * hints)
+        seconds = (fewer if way else all_threads) * hints
+        prefetcher.pass_ended(1, seconds)
+        trial.add(seconds)
     assert ways[:32] == [True, True, False, False] * 8
     assert ways[32:] == [fewer < 0.99] * 168
-    prefetcher.pass_ended(16, 100.0)  # says nothing
-    assert prefetcher.spare.on == (fewer < 0.99)
 
 
 def test_no_bit_depends_on_how_many_threads_walk(tiny_moe_gguf: Path) -> None:
     with tight(tiny_moe_gguf, 60 * 1024, threads=3, prefill_tokens=1) as engine:
         walked, found = [], []
         for on in (True, False):
-            assert engine.weights.experts is not None
-            trial = engine.weights.experts.prefetcher.spare
+            trial = engine.forward.fewer_threads
             trial._holds, trial._verdict = 10**6, on
             found.append(answer(engine))
             walked.append(int(engine.forward._team.frame[rows.F_THREADS]))
+            assert trial._holds < 10**6  # passes of one token are counted, and they alone
     assert walked == [2, 0]
     assert found == [expected(tiny_moe_gguf)[1]] * 2
+
+
+def test_long_passes_are_no_part_of_a_trial(tiny_moe_gguf: Path) -> None:
+    with tight(tiny_moe_gguf, 60 * 1024, prefill_tokens=8) as engine:
+        trial = engine.forward.fewer_threads
+        trial._holds = 10
+        engine.logits(prompt(tiny_moe_gguf)[:8])
+        assert engine.forward.stats.passes == 1 and trial._holds == 10
 
 
 @pytest.mark.parametrize(("value", "on"), [("", False), ("off", False), ("on", True)])
