@@ -196,8 +196,9 @@ class Markov(DecayedLfu):
         self._followed[layer, experts] += used[at]
         self._turns[layer, experts] += 1
         full = self._turns[layer, experts] == _TURNS
-        self._followed[layer[full], experts[full]] >>= 1
-        self._turns[layer[full], experts[full]] >>= 1
+        if full.any():
+            self._followed[layer[full], experts[full]] >>= 1
+            self._turns[layer[full], experts[full]] >>= 1
 
     def _frequency(self, layers: _Ints) -> _Floats:
         """Decayed uses of the experts of some layers, k in all."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.expert_simulation import replay, simulate, steps_of
+from edgert.expert_simulation import replay, steps_of
 from edgert.expert_tuning import synthetic_routing
 from edgert.routing import Routing
 from edgert.storage import expert_order
@@ -54,9 +54,7 @@ experts_used = st.one_of(
     st.lists(st.integers(0, EXPERTS - 1), min_size=K, max_size=K, unique=True),
     st.lists(st.integers(0, EXPERTS - 1), min_size=K, max_size=EXPERTS, unique=True),
 )
-texts = st.lists(
-    st.lists(experts_used, min_size=LAYERS, max_size=LAYERS), min_size=1, max_size=25
-)
+texts = st.lists(st.lists(experts_used, min_size=LAYERS, max_size=LAYERS), min_size=1, max_size=25)
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,8 +119,6 @@ def test_what_follows_is_kept_where_frequency_says_nothing() -> None:
         for order in (Markov((6, 16), 1), DecayedLfu((6, 16), boost=2.0))
     ]
     assert hits[0] > 1.2 * hits[1]
-    auto, lfu = (f.hit_rate for f in simulate(trace, [24], ("auto", "lfu")))
-    assert auto > 1.2 * lfu
 
 
 def test_where_nothing_follows_it_loses_little_to_frequency() -> None:
