@@ -120,7 +120,9 @@ def test_missing_experts_wait_for_their_router_in_every_layer() -> None:
     wait = _WAKE_SECONDS + latency + found.staging_bytes / 8e9 + _WAVE_SECONDS
     slow = replace(PROFILE, reads=(*PROFILE.reads, ReadRate(256 * 1024, 1, 0.3e9)))
     _, late = _half(misses=lambda tokens: 32.0, profile=slow)
-    total = cores + spec.num_hidden_layers * wait + reading + late.decode.overhead
+    layers, k = spec.num_hidden_layers, spec.num_experts_per_tok
+    missing = layers * (1 - (1 - 32 / (layers * k)) ** k)  # layers that miss any
+    total = cores + missing * wait + reading + late.decode.overhead
     assert late.decode.total == pytest.approx(total)
     assert late.decode_tok_s < usual.decode_tok_s
 
