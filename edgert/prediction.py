@@ -262,7 +262,7 @@ class _Model:
         experts.
         """
         plan, layers = self.plan, self.spec.num_hidden_layers
-        missing = layers * (1 - max(1 - misses / (layers * chosen), 0.0) ** chosen)
+        missing: float = layers * (1 - max(1 - misses / (layers * chosen), 0.0) ** chosen)
         wait: float = _WAKE_SECONDS + self.latency + self.placing + _WAVE_SECONDS
         reading = streamed / (self.burst_rate * _DEMAND)
         under_way = plan.reader_threads * plan.staging_bytes / plan.expert_bytes  # experts

@@ -154,7 +154,7 @@ def test_what_lies_as_in_its_slot_is_not_placed() -> None:
 
 
 def test_a_disk_that_is_faster_now_answers_sooner() -> None:
-    slow = profile(disk=0.4e9)
+    slow = profile(disk=0.4e9, burst_bytes_per_s=0.4e9)
     slow = replace(slow, reads=(*slow.reads, ReadRate(256 * 1024, 1, 0.05e9)))
     totals = []
     for rate in (0.0, 0.8e9):
