@@ -118,6 +118,11 @@ def _sweep_options(function: Callable[..., None]) -> Callable[..., None]:
             "--runs", type=click.IntRange(min=1), metavar="N",
             help="Try N combinations, drawn the same way each time, instead of all of them.",
         ),
+        click.option(
+            "--turns", type=click.IntRange(min=1), default=1, metavar="N",
+            help="Make all runs N times, every second time backwards, and give medians, and "
+            "ratios to the first: how speeds compare where disk and memory change.",
+        ),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -191,6 +196,7 @@ def stress(
     kv_types: tuple[str, ...],
     faults: tuple[str, ...],
     runs: int | None,
+    turns: int,
     report: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -211,6 +217,7 @@ def stress(
     edgert stress A.gguf B.gguf --runs 200 ...  many runs (README.md has them)
     edgert stress A.edgert --speculate -n 64    a nested pack drafting for itself
     edgert stress A.gguf --disk-rate 1000MB --baseline llamacpp
+    edgert stress A.gguf A.edgert --budgets 60% --turns 5
 
     The verdict is the first line of the output. Exit code 6: a run needed more than its budget;
     1: something else went wrong. Without control groups memory is sampled, and the verdict says so.
@@ -218,6 +225,8 @@ def stress(
     from edgert.cli.stress_baseline import LlamaCpp
     from edgert.cli.stress_cases import Sweep, all_cases, choose, with_references
     from edgert.cli.stress_outcome import Outputs, compare, judge, sigterm_as_interrupt
+    from edgert.cli.stress_turns import in_turns
+    from edgert.cli.warmup import compile_kernels
 
     without_learning()
     if plot is not None:
@@ -230,13 +239,15 @@ def stress(
         faults=tuple("" if fault == "none" else fault for fault in faults), **sweep,
     )  # fmt: skip
     cases = all_cases(wanted)
-    cases = choose(cases, runs) if runs else cases
+    cases = in_turns(choose(cases, runs) if runs else cases, turns)
+    for file in models:  # a compiler needs more than small groups allow: 220 MiB
+        compile_kernels(file)
     out = Outputs(report, plot, as_json)
     with sigterm_as_interrupt():
         if baseline is not None:
             compare(cases, LlamaCpp(baseline_python, baseline_model), time_limit, out)
         else:
-            judge(with_references(cases), time_limit, out)
+            judge(with_references(cases), time_limit, out, cases if turns > 1 else ())
 
 
 def _typed(name: str) -> bool:

@@ -197,5 +197,7 @@ def ratio_line(found: Sequence[Comparison]) -> str:
     for figure in ("decode", "prefill"):
         ratios = [r for one in found if (r := one.ratio(f"{figure}_tok_s")) is not None]
         if ratios:
-            parts.append(f"{figure} {min(ratios):.2f} to {max(ratios):.2f} times llama.cpp")
+            middle = f" (median {statistics.median(ratios):.2f})" if len(ratios) > 2 else ""
+            span = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            parts.append(f"{figure} {span} times llama.cpp{middle}")
     return ", ".join(parts) or "nothing to compare"

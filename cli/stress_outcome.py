@@ -36,6 +36,7 @@ from edgert.cli.stress_report import (
     verdict,
 )
 from edgert.cli.stress_runs import Run, run_case
+from edgert.cli.stress_turns import TURNS_HEADER, by_turns, turns_rows
 
 __all__ = ["Outputs", "compare", "judge", "sigterm_as_interrupt"]
 
@@ -49,8 +50,13 @@ class Outputs:
     as_json: bool
 
 
-def judge(cases: Sequence[Case], time_limit: float, out: Outputs) -> None:
-    """Run the cases and say what came of it; raises the error that decides the exit code."""
+def judge(
+    cases: Sequence[Case], time_limit: float, out: Outputs, compared: Sequence[Case] = ()
+) -> None:
+    """Run the cases and say what came of it; raises the error that decides the exit code.
+
+    Those of the cases that are `compared` are run by turns, and get a table of medians.
+    """
     runs: list[Run] = []
 
     def do(case: Case) -> str:
@@ -61,14 +67,19 @@ def judge(cases: Sequence[Case], time_limit: float, out: Outputs) -> None:
     found, held = problems(runs), promises(runs)
     line = verdict(runs, found, len(cases))
     kept = [promise.row() for promise in held]
+    medians = by_turns(compared, runs)
     if out.as_json:
         shown = [asdict(promise) | {"kept": promise.kept} for promise in held]
         verdicts = {"verdict": line, "problems": found, "promises": shown}
         print_json(
-            {**verdicts, "machine": machine_facts(), "runs": [run.to_dict() for run in runs]}
-        )
+            {
+                **verdicts, "machine": machine_facts(), "turns": medians,
+                "runs": [run.to_dict() for run in runs],
+            }
+        )  # fmt: skip
     else:
         tables = [table(PROMISE_HEADER, kept), table(RUN_HEADER, run_rows(runs))]
+        tables += [table(TURNS_HEADER, turns_rows(medians))] if medians else []
         click.echo("\n\n".join(["\n".join([line, *found]), *tables]))
     if out.plot is not None and runs:
         plot_budgets(out.plot, runs)
@@ -80,6 +91,8 @@ def judge(cases: Sequence[Case], time_limit: float, out: Outputs) -> None:
             Part("Runs", (), RUN_HEADER, run_rows(runs)),
             Part("Machine", machine_facts()),
         ]
+        if medians:
+            parts.insert(2, Part("By turns", (), TURNS_HEADER, turns_rows(medians)))
         write_document(out.report, Document(line, parts))
     _end(whole, [(run.case, run.peak_bytes) for run in runs if run.over], found)
 

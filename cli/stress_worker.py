@@ -111,6 +111,7 @@ def _run(task: dict[str, Any], faults: Faults | None) -> dict[str, Any]:
     import edgert
 
     engines: list[Any] = []
+    begin = time.perf_counter()
     try:
         for budget in task["budgets"]:
             engine = edgert.load(
@@ -122,6 +123,7 @@ def _run(task: dict[str, Any], faults: Faults | None) -> dict[str, Any]:
                 verify_checksums=task["verify_checksums"],
             )
             engines.append(engine)
+        load_seconds = time.perf_counter() - begin
         if faults is not None:
             faults.install()
         runners = _together(engines, task)
@@ -139,7 +141,7 @@ def _run(task: dict[str, Any], faults: Faults | None) -> dict[str, Any]:
             (r.tokens, r.result()["logits_hash"]) == (found["tokens"], found["logits_hash"])
             for r in runners[1:]
         )
-        return found
+        return found | {"load_seconds": load_seconds}
     finally:
         for engine in engines:
             engine.close()

@@ -12,7 +12,7 @@ from edgert.cli.options import debug_options, model_argument
 from edgert.cli.progress import Progress
 from edgert.cli.report import note
 
-__all__ = ["warmup"]
+__all__ = ["compile_kernels", "warmup"]
 
 
 @click.command()
@@ -25,6 +25,15 @@ def warmup(model: Path | None) -> None:
     or in NUMBA_CACHE_DIR when that is set, keyed by their sources and by the CPU: once is enough.
     Fails when that folder cannot be written.
     """
+    if not compile_kernels(model):
+        note("all kernels were ready")
+
+
+def compile_kernels(model: Path | None) -> int:
+    """Compile what the model needs and is not compiled, and say so on stderr; how many those were.
+
+    Raises what `edgert.warmup` raises.
+    """
     begin = time.perf_counter()
     ready = set()
     with Progress() as progress:
@@ -33,5 +42,4 @@ def warmup(model: Path | None) -> None:
             ready.add(name)
     if ready:
         note(f"{len(ready)} kernels are ready after {time.perf_counter() - begin:.1f} s")
-    else:
-        note("all kernels were ready")
+    return len(ready)

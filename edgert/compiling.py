@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import IO
 
+from edgert.errors import EdgertError
 from edgert.kept_files import keep_file
 from edgert.kernels_cpu.cache import (
     cache_root,
@@ -33,14 +34,16 @@ from edgert.kernels_cpu.cache import (
     writable,
 )
 from edgert.machine import available_bytes, default_threads
-from edgert.units import MIB
+from edgert.units import MIB, format_bytes
 
 __all__ = ["KernelSet", "compile_apart", "is_compiled"]
 
 SMALL_BUDGET = 512 * MIB  # below it, one kernel a child
-CHILD_BYTES = 512 * MIB  # of budget or free memory for each child: one holds some 220 MiB
+ONE_BYTES = 220 * MIB  # that a child needs for one kernel, measured
+CHILD_BYTES = 512 * MIB  # of budget or free memory for each child: one holds ONE_BYTES and more
 MOST_CHILDREN = 4  # a model needs about a dozen kernels
 _ALL = 2**20
+_KILLED = -9  # SIGKILL, which not every system has a name for
 # With Numba first, so that no stand-in takes its place (kernels_cpu/compiler.py).
 _CHILD = "import sys, numba; from edgert.kernels import main; main(sys.argv[1:])"
 
@@ -82,8 +85,9 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
     """Fill the cache from child processes unless it is full: (name, number done, number).
 
     Where the user's cache cannot be written, the children fill a temporary one for this process.
-    Never fails: what no child can do (no process can be started) is left to this process, whose
-    memory is then measured with the compiler in it.
+    What no child can do (no process can be started) is left to this process, whose memory is then
+    measured with the compiler in it. Raises `EdgertError` where the system kills even a child that
+    compiles one kernel, as a control group with little memory does: it would kill this one too.
     """
     if is_compiled(wanted) or not can_start_python():
         return
@@ -96,7 +100,17 @@ def compile_apart(wanted: KernelSet, budget_bytes: int | None) -> Iterator[tuple
         # Every child takes every `step`-th kernel: dear ones stand together.
         firsts = range(done, done + step)
         stop = done + 1 if one_by_one else _ALL
-        ended = yield from _round(wanted, [(first, stop, step) for first in firsts])
+        try:
+            ended = yield from _round(wanted, [(first, stop, step) for first in firsts])
+        except _Killed:
+            if one_by_one:
+                raise EdgertError(
+                    "the system killed the process that compiles kernels, as it does where memory "
+                    f"is short: compiling takes about {format_bytes(ONE_BYTES)}; run edgert warmup "
+                    "where that is allowed, then this again"
+                ) from None
+            one_by_one, step = True, 1
+            continue
         if ended is None:
             return
         note, total = ended
@@ -109,6 +123,10 @@ def _children(budget_bytes: int | None) -> int:
     """How many compile at once: as the cores and the memory allow."""
     room = available_bytes() if budget_bytes is None else min(budget_bytes, available_bytes())
     return max(1, min(default_threads(), MOST_CHILDREN, room // CHILD_BYTES))
+
+
+class _Killed(Exception):
+    """The system killed a child: memory was short."""
 
 
 _Part = tuple[int, int, int]  # first, stop, step: numbers of the kernels that a child compiles
@@ -128,6 +146,7 @@ def _round(
     """Let a child for each part compile, all at once, and yield their progress.
 
     Returns the note to keep (`read_note`) and the number of all kernels, None if a child failed.
+    Raises `_Killed` if one was killed.
     """
     children: list[subprocess.Popen[str]] = []
     lines: SimpleQueue[str | None] = SimpleQueue()
@@ -156,6 +175,8 @@ def _round(
         raise
     finally:
         codes = [child.wait() for child in children]
+    if _KILLED in codes:
+        raise _Killed
     return ended if not any(codes) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from edgert import compiling, machine
 from edgert.budget import resolve_budget
 from edgert.compiling import KernelSet, compile_apart, is_compiled
-from edgert.errors import InputError
+from edgert.errors import EdgertError, InputError
 from edgert.units import GIB, MIB
 from tests.command import environment
 
@@ -256,6 +257,38 @@ def test_as_many_children_as_memory_allows_and_one_kernel_each_in_a_small_budget
     assert seen == [(f"kernel {i}", i, 6) for i in range(6)], "each kernel once"
     assert [len(parts) for parts in started] == rounds
     assert is_compiled(SET) and list(compile_apart(SET, budget)) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
+@pytest.mark.parametrize("most", [2, 0])
+def test_children_that_are_killed_go_one_by_one_and_then_give_up(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """`most` kernels at once are too many for memory; with 0 even one is."""
+    script = """if True:
+        import os, signal, sys
+        first, stop, step, most = map(int, sys.argv[1:])
+        for number in range(6)[first:stop:step]:
+            if most <= number - first:
+                os.kill(os.getpid(), signal.SIGKILL)
+            print("kernel", number, number, 6, flush=True)
+        print("=", os.environ["NUMBA_CACHE_DIR"], 6, 6, flush=True)
+    """
+
+    def start(wanted: KernelSet, part: tuple[int, int, int]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, *map(str, (*part, most))]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(compiling, "_start", start)
+    monkeypatch.setattr(compiling, "_children", lambda budget: 1)
+    if most:
+        names = [name for name, _, _ in compile_apart(SET, None)]
+        assert names[-6:] == [f"kernel {i}" for i in range(6)], "each in a child of its own"
+        assert is_compiled(SET)
+    else:
+        with pytest.raises(EdgertError, match="220.0 MiB; run edgert warmup"):
+            list(compile_apart(SET, None))
+        assert not is_compiled(SET)
 
 
 def test_a_child_that_fails_leaves_no_note(
