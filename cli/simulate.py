@@ -198,11 +198,11 @@ def _trials_text(trials: list[Trial]) -> str:
         [
             t.tuned_on, str(t.slots),
             *(f"{100 * rate:.1f}" for rate in (t.lru, t.lfu, t.usual, t.tuned, t.belady)),
-            f"{t.half_life:g}, {t.boost:g}",
+            f"{t.half_life:g}, {t.doubt:g}",
         ]
         for t in trials
     ]  # fmt: skip
-    header = ["tuned on", "slots", "lru", "lfu", "auto", "auto tuned", "belady", "life, boost"]
+    header = ["tuned on", "slots", "lru", "lfu", "auto", "auto tuned", "belady", "life, doubt"]
     return f"hit rates in % on the half that nothing was tuned on\n\n{table(header, rows)}"
 
 

@@ -19,17 +19,8 @@ from edgert.errors import InputError
 from edgert.expert_guesses import GUESSERS, Guesser, make_guesser
 from edgert.routing import Choices, Routing
 from edgert.storage.expert_cache import SlotSizes, admit, that_fit
-from edgert.storage.expert_policy import (
-    POLICIES,
-    USUAL,
-    ExpertPolicy,
-    Lru,
-    Setting,
-    Shape,
-    choose_policy,
-    hottest,
-    make_policy,
-)
+from edgert.storage.expert_order import USUAL, ExpertPolicy, Lru, Setting, Shape
+from edgert.storage.expert_policy import POLICIES, choose_policy, hottest, make_policy
 
 __all__ = ["SIMULATED", "Figure", "replay", "replay_steps", "simulate", "steps_of"]
 

@@ -14,11 +14,11 @@ import numpy as np
 from edgert.errors import InputError
 from edgert.expert_simulation import simulate
 from edgert.routing import Routing
-from edgert.storage.expert_policy import USUAL, Setting
+from edgert.storage.expert_order import USUAL, Setting
 
 __all__ = ["SETTINGS", "SYNTHETIC", "Trial", "halves", "synthetic_routing", "tune_policy"]
 
-SETTINGS = tuple(Setting(life, boost) for life in (24.0, 96.0, 384.0) for boost in (0.0, 4.0, 16.0))
+SETTINGS = tuple(Setting(life, doubt) for life in (24.0, 96.0, 384.0) for doubt in (1.0, 4.0, 16.0))
 SYNTHETIC = ("random", "skewed", "drifting")
 
 
@@ -34,7 +34,7 @@ class Trial:
     tuned: float  # the same with the setting that was best on the other part
     belady: float
     half_life: float  # of that setting
-    boost: float
+    doubt: float
 
 
 def halves(trace: Routing) -> tuple[Routing, Routing]:

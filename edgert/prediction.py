@@ -17,9 +17,10 @@ from each other, both linear in the time they share:
 The pass takes the larger one. They meet where both resources are always busy.
 
 *Experts* are asked for when the router of their layer has chosen. Until then the disk rests, in
-each of N layers; at last one part is placed, and threads wake for it. With M experts missing in a
-layer, and B under way at a time, (1 - B / M) of the lesser of their reading and the arithmetic X of
-experts is hidden:
+each of the N layers that miss any; at last one part is placed, unless it lies in the file as in its
+slot, and threads wake for it. A layer that uses u experts, each missing with chance q, misses none
+with (1 - q)^u. With M experts missing in a layer, and B under way at a time, (1 - B / M) of the
+lesser of their reading and the arithmetic X of experts is hidden:
 
     C + N (wake + latency + placing + wave) + r - (1 - B / M) min(X, r),  r = S / (R `_DEMAND`)
 
@@ -207,6 +208,11 @@ class _Model:
         self.repack = repack
         self.rate = min(device_bytes_per_s or self.profiled_rate, repack)
         self.busy_rate = min(profile.busy_read_bytes_per_s, self.rate)
+        # A disk that is faster than when it was measured also answers sooner.
+        self.latency = profile.latency_seconds * min(profiled / self.rate, 1.0)
+        stacks = [t for t in manifest.tensors.values() if len(t.shape) == 3]
+        placed = any(entry.layout == "rows" for entry in stacks)
+        self.placing = plan.staging_bytes * plan.threads / repack if placed else 0.0
         burst = min(profile.burst_bytes_per_s, repack)
         self.burst_rate = burst if burst > self.rate and drifted(self.rate, burst) else self.rate
 
@@ -244,24 +250,28 @@ class _Model:
         compute_bound = cores + streamed * taken + repack
         longest = max(disk_bound, compute_bound)
         if misses:
-            longest = max(flash, self._on_demand(misses, streamed, cores, experts))
+            chosen = used * spec.num_experts
+            longest = max(flash, self._on_demand(misses, chosen, streamed, cores, experts))
         contention = longest - max(flash, cores)
         return Terms(
             flash, memory, compute, attention, repack, contention, overhead, longest + overhead
         )
 
-    def _on_demand(self, misses: float, streamed: float, cores: float, experts: float) -> float:
+    def _on_demand(
+        self, misses: float, chosen: float, streamed: float, cores: float, experts: float
+    ) -> float:
         """Seconds of a pass that reads experts once they are chosen, from a disk that rests before.
 
-        `cores`: seconds of the cores, `experts` of them for experts.
+        `chosen`: experts that a layer uses. `cores`: seconds of the cores, `experts` of them for
+        experts.
         """
         plan, layers = self.plan, self.spec.num_hidden_layers
-        placing = plan.staging_bytes * plan.threads / self.repack
-        wait: float = _WAKE_SECONDS + self.profile.latency_seconds + placing + _WAVE_SECONDS
+        missing: float = layers * (1 - max(1 - misses / (layers * chosen), 0.0) ** chosen)
+        wait: float = _WAKE_SECONDS + self.latency + self.placing + _WAVE_SECONDS
         reading = streamed / (self.burst_rate * _DEMAND)
         under_way = plan.reader_threads * plan.staging_bytes / plan.expert_bytes  # experts
-        hidden = max(1 - under_way * layers / misses, 0.0) * min(experts, reading)
-        return cores + layers * wait + reading - hidden
+        hidden = max(1 - under_way * missing / misses, 0.0) * min(experts, reading)
+        return cores + missing * wait + reading - hidden
 
     @property
     def hit_rate(self) -> float | None:

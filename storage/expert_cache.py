@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgert.storage.expert_policy import ExpertPolicy
+from edgert.storage.expert_order import ExpertPolicy
 
 __all__ = [
     "Admission", "AdmissionPlan", "SlotSizes", "admit", "admit_by", "fitting", "leaving",

@@ -1,158 +1,48 @@
 """Which resident expert leaves first: the policies behind one interface, and the choice of one.
 
-Owns: what is remembered of past use, and the order it gives. Must not know files, threads, or
-whether a device or a simulator asks: both call the same functions with the same numbers.
-
-A *key* is layer * n_experts + expert. Its *stamp* is the clock of its last use, 0 for never; the
-clock ticks once a layer, so n_layers ticks are a pass. A policy learns of uses from the stamps
-alone (`observe`): compiled code writes them, and no key is used twice in a pass.
+Owns: what slots belong to which layer, and when a policy is trusted. Must not know files, threads,
+or whether a device or a simulator asks: both call the same functions with the same numbers. What is
+made of past uses is an order's (expert_order.py, which says what keys and stamps are).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgert.storage.expert_order import (
+    USUAL,
+    DecayedLfu,
+    ExpertPolicy,
+    Lfu,
+    Lru,
+    Setting,
+    Shape,
+    likeliest,
+)
+
 __all__ = [
     "POLICIES",
-    "USUAL",
-    "DecayedLfu",
-    "ExpertPolicy",
     "Keeps",
-    "Lfu",
-    "Lru",
     "Partitioned",
     "Predicted",
     "Robust",
-    "Setting",
-    "Shape",
     "choose_policy",
     "hottest",
     "make_policy",
     "policy_for",
 ]
 
-Shape = tuple[int, int]  # n_layers, n_experts
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 _Bits = npt.NDArray[np.bool_]
 Keeps = Callable[[_Ints], _Bits]
 
-
-class Setting(NamedTuple):
-    """What a use of an expert is worth to a policy; `edgert simulate --tune` compares settings."""
-
-    half_life: float  # passes after which it counts half
-    boost: float  # more for the last use, a quarter of it with each pass
-
-
-# No setting is better on all routing, in whole or by halves (README).
-USUAL = Setting(96.0, 2.0)
 # How much worse than LRU `Robust` may become before it turns into LRU.
 _EXCESS = 0.05
-
-
-class ExpertPolicy(Protocol):
-    """An order of eviction. Not thread-safe; its owner calls it under one lock."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in tables and options."""
-
-    def observe(self, stamps: _Ints) -> None:
-        """Learn what was used since the last call: `stamps` (n_keys,), not kept."""
-
-    def missed(self, count: int) -> None:
-        """Learn that `count` experts had to be loaded."""
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """The rank of each slot, (n_slots,); the lowest leaves first. `owner`: keys, -1 free."""
-
-
-class Lru:
-    """Least recently used first. Hits exactly 0 % below the working set of one token."""
-
-    name = "lru"
-
-    def __init__(self, shape: Shape) -> None:
-        self.seen: _Ints = np.zeros(shape[0] * shape[1], np.int64)
-
-    def observe(self, stamps: _Ints) -> None:
-        """Remember the stamps."""
-        self.seen[:] = stamps
-
-    def missed(self, count: int) -> None:
-        """Misses change nothing."""
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """The stamps."""
-        stamps: _Floats = self.seen[owner].astype(np.float64)
-        return stamps
-
-
-class Lfu(Lru):
-    """Least frequently used first, of equals the one used longest ago."""
-
-    name = "lfu"
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self._uses = np.zeros(len(self.seen))
-
-    def observe(self, stamps: _Ints) -> None:
-        """Count what has a new stamp."""
-        self._uses += stamps != self.seen
-        self.seen[:] = stamps
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """Uses, then stamps."""
-        ranks: _Floats = self._uses[owner] + self.seen[owner] / (1.0 + self.seen.max())
-        return ranks
-
-
-class DecayedLfu(Lru):
-    """Least frequently used first, each use counting half after `half_life` passes.
-
-    The weight of a key is w(t) = sum over its uses u of 2^(-(t - u) / h): LRFU (Lee et al., 2001).
-    Kept as score = log2 w(t) + t / h, which does not change while a key is not used, so that an
-    order needs no clock. The last use counts `boost` x 4^-age more: what was just used is used
-    again more often than its frequency says. `prior` (n_keys,): weights to begin with, of a
-    profile.
-    """
-
-    name = "lfu-decay"
-
-    def __init__(
-        self, shape: Shape, prior: _Floats | None = None, setting: Setting = USUAL
-    ) -> None:
-        super().__init__(shape)
-        self._layers = shape[0]
-        self._ticks = setting.half_life * shape[0]
-        self._boost = setting.boost
-        self.score = np.full(len(self.seen), -np.inf)
-        if prior is not None:
-            with np.errstate(divide="ignore"):
-                self.score[:] = np.log2(prior)
-
-    def observe(self, stamps: _Ints) -> None:
-        """Add a use to what has a new stamp."""
-        used = np.flatnonzero(stamps != self.seen)
-        now = stamps[used]
-        self.score[used] = np.logaddexp2(self.score[used], now / self._ticks)
-        self.seen[used] = now
-
-    def ranks(self, owner: _Ints) -> _Floats:
-        """The weights as they are now."""
-        if not self._boost:
-            return self.score[owner]
-        seen = self.seen[owner]
-        now = int(self.seen.max())
-        recent = np.exp2(2 * (seen - now) / self._layers) * (seen > 0)
-        weights: _Floats = np.exp2(self.score[owner] - now / self._ticks) + self._boost * recent
-        return weights
 
 
 class Predicted:
@@ -337,8 +227,8 @@ def make_policy(
     if name == "lfu":
         return Lfu(shape)
     if name == "lfu-decay":
-        return DecayedLfu(shape, prior, setting._replace(boost=0.0))
-    order = DecayedLfu(shape, prior, setting)
+        return DecayedLfu(shape, prior, setting.half_life)
+    order = likeliest(shape, k, prior, setting)
     if name == "pinned":
         return Predicted(_hottest(prior, slots - 2 * k), order)
     partition = Partitioned(shape, slots, k if slots < shape[0] * k else 0, order)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.storage.expert_cache import Admission, SlotSizes, admit_by, fitting, leaving
-from edgert.storage.expert_policy import ExpertPolicy, Lru
+from edgert.storage.expert_order import ExpertPolicy, Lru
 from edgert.storage.window import Window
 
 __all__ = ["ExpertSlots", "PolicyFor"]

@@ -13,14 +13,12 @@ from edgert.errors import InputError
 from edgert.expert_simulation import SIMULATED, replay, simulate
 from edgert.expert_tuning import synthetic_routing
 from edgert.routing import Routing, join_passes
+from edgert.storage.expert_order import DecayedLfu, Lru
 from edgert.storage.expert_policy import (
     POLICIES,
-    DecayedLfu,
-    Lru,
     Partitioned,
     Predicted,
     Robust,
-    Setting,
     choose_policy,
     make_policy,
 )
@@ -159,7 +157,7 @@ def test_a_liar_is_found_out() -> None:
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 40)), min_size=1, max_size=40))
 def test_decayed_weights_are_the_sum_over_uses(uses: list[tuple[int, int]]) -> None:
     life = 48.0
-    policy, stamps = DecayedLfu((1, 8), None, Setting(life, 0)), np.zeros(8, np.int64)
+    policy, stamps = DecayedLfu((1, 8), None, life), np.zeros(8, np.int64)
     weight, clock = np.zeros(8), 0
     for key, wait in uses:
         clock += wait

@@ -11,7 +11,8 @@ from edgert.errors import InputError
 from edgert.expert_simulation import replay, simulate, steps_of
 from edgert.expert_tuning import SYNTHETIC, halves, synthetic_routing, tune_policy
 from edgert.routing import Routing
-from edgert.storage.expert_policy import Lru, choose_policy
+from edgert.storage.expert_order import Lru, Setting
+from edgert.storage.expert_policy import choose_policy
 from tests.command import inside
 
 
@@ -68,10 +69,8 @@ def test_each_half_is_judged_by_the_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert trials[0].belady == figure.hit_rate >= trials[0].tuned
 
 
-def _settings() -> tuple:
-    from edgert.storage.expert_policy import Setting
-
-    return Setting(8, 0), Setting(96, 8)
+def _settings() -> tuple[Setting, ...]:
+    return Setting(8, 1), Setting(96, 8)
 
 
 def test_the_command_tunes_and_makes_routing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,16 +113,62 @@ def _half(**options: Any) -> tuple[Plan, Prediction]:
 
 def test_missing_experts_wait_for_their_router_in_every_layer() -> None:
     found, usual = _half(misses=lambda tokens: 32.0)
-    spec = MODELS["64-experts"]
     cores = usual.decode.memory + usual.decode.compute + usual.decode.attention
     reading = 32 * found.expert_bytes / (2e9 * _DEMAND)
     latency = 256 * 1024 * (1 / 0.3e9 - 1 / 2e9)
     wait = _WAKE_SECONDS + latency + found.staging_bytes / 8e9 + _WAVE_SECONDS
     slow = replace(PROFILE, reads=(*PROFILE.reads, ReadRate(256 * 1024, 1, 0.3e9)))
     _, late = _half(misses=lambda tokens: 32.0, profile=slow)
-    total = cores + spec.num_hidden_layers * wait + reading + late.decode.overhead
+    total = cores + _missing(32) * wait + reading + late.decode.overhead
     assert late.decode.total == pytest.approx(total)
     assert late.decode_tok_s < usual.decode_tok_s
+
+
+def test_only_layers_that_miss_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = MODELS["64-experts"].num_hidden_layers
+    totals = []
+    for seconds in (_WAKE_SECONDS, _WAKE_SECONDS + 1):
+        monkeypatch.setattr("edgert.prediction._WAKE_SECONDS", seconds)
+        totals.append([_half(misses=lambda _, n=n: n)[1].decode.total for n in (0.1, 1.0, 1e9)])
+    few, one, all_ = (after - before for before, after in zip(*totals, strict=True))
+    assert few == pytest.approx(0.1, rel=0.1) and one == pytest.approx(1, rel=0.1)
+    assert all_ == pytest.approx(layers)
+
+
+def test_what_lies_as_in_its_slot_is_not_placed() -> None:
+    floor, full = ends("64-experts", context_length=512)
+    found = plan("64-experts", (floor + full) // 2, context_length=512)
+    manifest = manifest_of("64-experts")
+    tensors = {
+        name: replace(t, layout="tiles") if len(t.shape) == 3 else t
+        for name, t in manifest.tensors.items()
+    }
+    packed = replace(manifest, tensors=tensors)
+    totals = []
+    for each in (manifest, packed):
+        result = predict(found, MODELS["64-experts"], each, PROFILE, misses=lambda _: 1e9)
+        assert result is not None
+        totals.append(result.decode.total)
+    layers = MODELS["64-experts"].num_hidden_layers
+    assert totals[0] - totals[1] == pytest.approx(layers * found.staging_bytes / 8e9)
+
+
+def test_a_disk_that_is_faster_now_answers_sooner() -> None:
+    slow = profile(disk=0.4e9, burst_bytes_per_s=0.4e9)
+    slow = replace(slow, reads=(*slow.reads, ReadRate(256 * 1024, 1, 0.05e9)))
+    totals = []
+    for rate in (0.0, 0.8e9):
+        _, result = _half(misses=lambda _: 32.0, profile=slow, device_bytes_per_s=rate)
+        totals.append(result.decode.total - result.decode.flash / _DEMAND)
+    latency = slow.latency_seconds
+    assert totals[0] - totals[1] == pytest.approx(latency / 2 * _missing(32), rel=0.01)
+
+
+def _missing(misses: float) -> float:
+    """Of the layers of `_half`, those that miss any."""
+    spec = MODELS["64-experts"]
+    layers, k = spec.num_hidden_layers, spec.num_experts_per_tok
+    return layers * (1 - (1 - misses / (layers * k)) ** k)
 
 
 def test_a_long_pass_computes_experts_while_others_are_read() -> None:

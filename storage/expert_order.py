@@ -1,0 +1,224 @@
+"""How experts are ordered by their past uses: which one is wanted again soonest.
+
+Owns: what is remembered of past use, and the rank it gives. Must not know how many slots there are,
+nor which layer they belong to (expert_policy.py).
+
+A *key* is layer * n_experts + expert. Its *stamp* is the clock of its last use, 0 for never; the
+clock ticks once a layer, so n_layers ticks are a pass. A policy learns of uses from the stamps
+alone (`observe`): compiled code writes them, and no key is used twice in a pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "USUAL", "DecayedLfu", "ExpertPolicy", "Lfu", "Lru", "Markov", "Setting", "Shape", "likeliest",
+]  # fmt: skip
+
+Shape = tuple[int, int]  # n_layers, n_experts
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Bits = npt.NDArray[np.bool_]
+
+
+class Setting(NamedTuple):
+    """What past uses of an expert are worth; `edgert simulate --tune` compares settings."""
+
+    half_life: float  # passes after which a use counts half of what it did
+    doubt: float  # above 0: turns for which frequency counts beside what was seen to follow
+
+
+# No setting is better on all routing, in whole or by halves (README).
+USUAL = Setting(96.0, 4.0)
+# What follows an expert is counted in bytes: halved when it has come so often.
+_TURNS = 64
+_MOST_COUNTS = 4 << 20  # of a model: they lie in the memory of the process
+
+
+class ExpertPolicy(Protocol):
+    """An order of eviction. Not thread-safe; its owner calls it under one lock."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and options."""
+
+    def observe(self, stamps: _Ints) -> None:
+        """Learn what was used since the last call: `stamps` (n_keys,), not kept."""
+
+    def missed(self, count: int) -> None:
+        """Learn that `count` experts had to be loaded."""
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The rank of each slot, (n_slots,); the lowest leaves first. `owner`: keys, -1 free."""
+
+
+class Lru:
+    """Least recently used first. Hits exactly 0 % below the working set of one token."""
+
+    name = "lru"
+
+    def __init__(self, shape: Shape) -> None:
+        self.seen: _Ints = np.zeros(shape[0] * shape[1], np.int64)
+
+    def observe(self, stamps: _Ints) -> None:
+        """Remember the stamps."""
+        self.seen[:] = stamps
+
+    def missed(self, count: int) -> None:
+        """Misses change nothing."""
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The stamps."""
+        stamps: _Floats = self.seen[owner].astype(np.float64)
+        return stamps
+
+
+class Lfu(Lru):
+    """Least frequently used first, of equals the one used longest ago."""
+
+    name = "lfu"
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self._uses = np.zeros(len(self.seen))
+
+    def observe(self, stamps: _Ints) -> None:
+        """Count what has a new stamp."""
+        self._uses += stamps != self.seen
+        self.seen[:] = stamps
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """Uses, then stamps."""
+        ranks: _Floats = self._uses[owner] + self.seen[owner] / (1.0 + self.seen.max())
+        return ranks
+
+
+class DecayedLfu(Lru):
+    """Least frequently used first, each use counting half after `half_life` passes.
+
+    The weight of a key is w(t) = sum over its uses u of 2^(-(t - u) / h): LRFU (Lee et al., 2001).
+    Kept as score = log2 w(t) + t / h, which does not change while a key is not used, so that an
+    order needs no clock. The last use counts `boost` x 4^-age more: what was just used is used
+    again more often than its frequency says. `prior` (n_keys,): weights to begin with, of a
+    profile.
+    """
+
+    name = "lfu-decay"
+
+    def __init__(
+        self,
+        shape: Shape,
+        prior: _Floats | None = None,
+        half_life: float = USUAL.half_life,
+        boost: float = 0.0,
+    ) -> None:
+        super().__init__(shape)
+        self._layers = shape[0]
+        self._ticks = half_life * shape[0]
+        self._boost = boost
+        self.score = np.full(len(self.seen), -np.inf)
+        if prior is not None:
+            with np.errstate(divide="ignore"):
+                self.score[:] = np.log2(prior)
+
+    def observe(self, stamps: _Ints) -> None:
+        """Add a use to what has a new stamp."""
+        used = np.flatnonzero(stamps != self.seen)
+        now = stamps[used]
+        self.score[used] = np.logaddexp2(self.score[used], now / self._ticks)
+        self.seen[used] = now
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The weights as they are now."""
+        if not self._boost:
+            return self.score[owner]
+        seen = self.seen[owner]
+        now = int(self.seen.max())
+        recent = np.exp2(2 * (seen - now) / self._layers) * (seen > 0)
+        weights: _Floats = np.exp2(self.score[owner] - now / self._ticks) + self._boost * recent
+        return weights
+
+
+class Markov(DecayedLfu):
+    """First what the next token least likely uses, after what its layer has just used.
+
+    A Markov chain, smoothed: for an expert e of a layer that used the experts S last
+
+        chance(e) = (sum over s in S of n[s, e] + b f[e]) / (sum over s in S of n[s] + b)
+
+    n[s]: tokens that used s, n[s, e]: how many of them were followed by one that used e; f: the
+    frequency, as `DecayedLfu`, k in all; b: `doubt`. Counted between passes that use k experts a
+    layer, those of one token. `prior` as there.
+    """
+
+    name = "markov"
+
+    def __init__(
+        self, shape: Shape, k: int, prior: _Floats | None = None, setting: Setting = USUAL
+    ) -> None:
+        super().__init__(shape, prior, setting.half_life)
+        self._shape, self._k, self._doubt = shape, k, setting.doubt
+        self._last = np.zeros(shape[0], np.int64)  # stamps
+        self._turns = np.zeros(shape, np.uint8)
+        self._followed = np.zeros((*shape, shape[1]), np.uint8)
+        self.chance = np.zeros(shape)
+        if prior is not None:
+            self.chance[:] = self._frequency(np.arange(shape[0]))
+
+    def observe(self, stamps: _Ints) -> None:
+        """Count what followed in each layer with a new stamp, and say what may follow next."""
+        layers = np.flatnonzero((stamps != self.seen).reshape(self._shape).any(1))
+        if not len(layers):
+            return
+        before = self.seen.reshape(self._shape)[layers] == self._last[layers, None]
+        super().observe(stamps)
+        seen = self.seen.reshape(self._shape)[layers]
+        self._last[layers] = seen.max(1)
+        used = seen == self._last[layers, None]
+        before &= ((before.sum(1) == self._k) & (used.sum(1) == self._k))[:, None]
+        self._count(layers, before, used)
+        at, experts = np.nonzero(used)
+        starts = np.searchsorted(at, np.arange(len(layers)))
+        rows = layers[at], experts
+        followed = np.add.reduceat(self._followed[rows], starts, axis=0, dtype=np.int64)
+        turns = np.add.reduceat(self._turns[rows], starts, dtype=np.int64)[:, None]
+        likely = followed + self._doubt * self._frequency(layers)
+        self.chance[layers] = likely / (turns + self._doubt)
+
+    def _count(self, layers: _Ints, before: _Bits, used: _Bits) -> None:
+        """`used` followed `before`, both [layers, experts]."""
+        at, experts = np.nonzero(before)
+        layer = layers[at]
+        self._followed[layer, experts] += used[at]
+        self._turns[layer, experts] += 1
+        full = self._turns[layer, experts] == _TURNS
+        if full.any():
+            self._followed[layer[full], experts[full]] >>= 1
+            self._turns[layer[full], experts[full]] >>= 1
+
+    def _frequency(self, layers: _Ints) -> _Floats:
+        """Decayed uses of the experts of some layers, k in all."""
+        score = self.score.reshape(self._shape)[layers]
+        weights = np.exp2(score - score.max(1, keepdims=True))
+        found: _Floats = self._k * weights / weights.sum(1, keepdims=True)
+        return found
+
+    def ranks(self, owner: _Ints) -> _Floats:
+        """The chances."""
+        chances: _Floats = self.chance.reshape(-1)[owner]
+        return chances
+
+
+def likeliest(
+    shape: Shape, k: int, prior: _Floats | None = None, setting: Setting = USUAL
+) -> ExpertPolicy:
+    """The best order there is for a model; of one with too many experts to count what follows
+    each (384 in 60 layers), by frequency.
+    """
+    if shape[0] * shape[1] ** 2 > _MOST_COUNTS:
+        return DecayedLfu(shape, prior, setting.half_life, boost=2.0)
+    return Markov(shape, k, prior, setting)
