@@ -209,7 +209,7 @@ class _Model:
         self.rate = min(device_bytes_per_s or self.profiled_rate, repack)
         self.busy_rate = min(profile.busy_read_bytes_per_s, self.rate)
         # A disk that is faster than when it was measured also answers sooner.
-        self.latency = profile.latency_seconds * min(profiled / self.rate, 1.0)
+        self.latency = profile.latency_seconds * min(self.profiled_rate / self.rate, 1.0)
         stacks = [t for t in manifest.tensors.values() if len(t.shape) == 3]
         placed = any(entry.layout == "rows" for entry in stacks)
         self.placing = plan.staging_bytes * plan.threads / repack if placed else 0.0
