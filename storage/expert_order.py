@@ -127,7 +127,9 @@ class DecayedLfu(Lru):
 
     def observe(self, stamps: _Ints) -> None:
         """Add a use to what has a new stamp."""
-        used = np.flatnonzero(stamps != self.seen)
+        self._add(np.flatnonzero(stamps != self.seen), stamps)
+
+    def _add(self, used: _Ints, stamps: _Ints) -> None:
         now = stamps[used]
         self.score[used] = np.logaddexp2(self.score[used], now / self._ticks)
         self.seen[used] = now
@@ -161,50 +163,58 @@ class Markov(DecayedLfu):
         self, shape: Shape, k: int, prior: _Floats | None = None, setting: Setting = USUAL
     ) -> None:
         super().__init__(shape, prior, setting.half_life)
-        self._shape, self._k, self._doubt = shape, k, setting.doubt
-        self._last = np.zeros(shape[0], np.int64)  # stamps
+        self._k, self._doubt = k, setting.doubt
+        self._rows, self._scores = self.seen.reshape(shape), self.score.reshape(shape)
+        self._last = [0] * shape[0]  # stamps
         self._turns = np.zeros(shape, np.uint8)
         self._followed = np.zeros((*shape, shape[1]), np.uint8)
         self.chance = np.zeros(shape)
         if prior is not None:
-            self.chance[:] = self._frequency(np.arange(shape[0]))
+            self.chance[:] = [self._frequency(layer) for layer in range(shape[0])]
 
     def observe(self, stamps: _Ints) -> None:
-        """Count what followed in each layer with a new stamp, and say what may follow next."""
-        layers = np.flatnonzero((stamps != self.seen).reshape(self._shape).any(1))
-        if not len(layers):
-            return
-        before = self.seen.reshape(self._shape)[layers] == self._last[layers, None]
-        super().observe(stamps)
-        seen = self.seen.reshape(self._shape)[layers]
-        self._last[layers] = seen.max(1)
-        used = seen == self._last[layers, None]
-        before &= ((before.sum(1) == self._k) & (used.sum(1) == self._k))[:, None]
-        self._count(layers, before, used)
-        at, experts = np.nonzero(used)
-        starts = np.searchsorted(at, np.arange(len(layers)))
-        rows = layers[at], experts
-        followed = np.add.reduceat(self._followed[rows], starts, axis=0, dtype=np.int64)
-        turns = np.add.reduceat(self._turns[rows], starts, dtype=np.int64)[:, None]
-        likely = followed + self._doubt * self._frequency(layers)
-        self.chance[layers] = likely / (turns + self._doubt)
+        """Count what followed in each layer with a new stamp, and say what may follow next.
 
-    def _count(self, layers: _Ints, before: _Bits, used: _Bits) -> None:
-        """`used` followed `before`, both [layers, experts]."""
-        at, experts = np.nonzero(before)
-        layer = layers[at]
-        self._followed[layer, experts] += used[at]
-        self._turns[layer, experts] += 1
-        full = self._turns[layer, experts] == _TURNS
-        if full.any():
-            self._followed[layer[full], experts[full]] >>= 1
-            self._turns[layer[full], experts[full]] >>= 1
+        Layer by layer, nearly always one: a miss waits for this.
+        """
+        new = np.flatnonzero(stamps != self.seen)
+        layers = (
+            range(0)
+            if not len(new)
+            else range(new[0] // self._rows.shape[1], new[-1] // self._rows.shape[1] + 1)
+        )
+        before = [self._used(layer) for layer in layers]
+        self._add(new, stamps)
+        for layer, then in zip(layers, before, strict=True):
+            last = self._rows[layer].max()
+            if last == self._last[layer]:
+                continue
+            self._last[layer] = last
+            used = self._used(layer)
+            if len(then) == len(used) == self._k:
+                self._count(layer, then, used)
+            likely = self._followed[layer, used].sum(0) + self._doubt * self._frequency(layer)
+            likely /= self._turns[layer, used].sum() + self._doubt
+            self.chance[layer] = likely
 
-    def _frequency(self, layers: _Ints) -> _Floats:
-        """Decayed uses of the experts of some layers, k in all."""
-        score = self.score.reshape(self._shape)[layers]
-        weights = np.exp2(score - score.max(1, keepdims=True))
-        found: _Floats = self._k * weights / weights.sum(1, keepdims=True)
+    def _used(self, layer: int) -> _Ints:
+        """The experts that a layer used last."""
+        return np.flatnonzero(self._rows[layer] == self._last[layer])
+
+    def _count(self, layer: int, before: _Ints, used: _Ints) -> None:
+        """The experts `used` followed those of `before`."""
+        self._followed[layer, before[:, None], used] += 1
+        self._turns[layer, before] += 1
+        full = before[self._turns[layer, before] == _TURNS]
+        if len(full):
+            self._followed[layer, full] >>= 1
+            self._turns[layer, full] >>= 1
+
+    def _frequency(self, layer: int) -> _Floats:
+        """Decayed uses of the experts of a layer, k in all."""
+        score = self._scores[layer]
+        weights = np.exp2(score - score.max())
+        found: _Floats = weights * (self._k / weights.sum())
         return found
 
     def ranks(self, owner: _Ints) -> _Floats:
