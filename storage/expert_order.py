@@ -224,11 +224,15 @@ class Markov(DecayedLfu):
 
 
 def likeliest(
-    shape: Shape, k: int, prior: _Floats | None = None, setting: Setting = USUAL
+    shape: Shape, k: int, slots: int, prior: _Floats | None = None, setting: Setting = USUAL
 ) -> ExpertPolicy:
-    """The best order there is for a model; of one with too many experts to count what follows
-    each (384 in 60 layers), by frequency.
+    """The best order there is for a model in so many slots.
+
+    By frequency where more than half of all experts have one (hits are within .2 points there, and
+    a miss waits 40 us less: 4 % of decoding 3.7 GB of 64 experts in 2 GiB from a free disk, medians
+    of 9, 8 and 6 turns), or where they are too many to count what follows each (384 in 60 layers).
     """
-    if shape[0] * shape[1] ** 2 > _MOST_COUNTS:
+    layers, experts = shape
+    if 2 * slots > layers * experts or layers * experts**2 > _MOST_COUNTS:
         return DecayedLfu(shape, prior, setting.half_life, boost=2.0)
     return Markov(shape, k, prior, setting)

@@ -228,7 +228,7 @@ def make_policy(
         return Lfu(shape)
     if name == "lfu-decay":
         return DecayedLfu(shape, prior, setting.half_life)
-    order = likeliest(shape, k, prior, setting)
+    order = likeliest(shape, k, slots, prior, setting)
     if name == "pinned":
         return Predicted(_hottest(prior, slots - 2 * k), order)
     partition = Partitioned(shape, slots, k if slots < shape[0] * k else 0, order)

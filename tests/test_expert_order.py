@@ -131,10 +131,11 @@ def test_where_nothing_follows_it_loses_little_to_frequency() -> None:
     assert hits[0] > 0.95 * hits[1]
 
 
-def test_a_model_of_too_many_experts_is_ordered_by_frequency() -> None:
+def test_many_experts_and_many_slots_are_ordered_by_frequency() -> None:
     """Counts of what follows lie in memory that the plan has for small things."""
-    assert likeliest((48, 128), 8).name == "markov"
-    assert likeliest((60, 384), 8).name == "lfu-decay"
-    made = likeliest((16, 64), 8)
+    assert likeliest((48, 128), 8, 0).name == "markov"
+    assert likeliest((60, 384), 8, 0).name == "lfu-decay"
+    assert [likeliest((16, 64), 8, slots).name for slots in (512, 513)] == ["markov", "lfu-decay"]
+    made = likeliest((16, 64), 8, 512)
     assert isinstance(made, Markov)
     assert made._followed.nbytes == 16 * 64 * 64 <= expert_order._MOST_COUNTS
