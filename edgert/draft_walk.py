@@ -168,8 +168,7 @@ class DraftWalk:
 
     def _embed(self, token: int, position: int) -> None:
         with self._span("embed", 1, position):
-            embedded = self._weights.token_rows([token])
-            self._x[:1, : embedded.shape[1]] = embedded
+            self._weights.embed([token], self._x)
 
     def _run(self, program: Program, position: int) -> None:
         frame = self._team.frame

@@ -365,8 +365,7 @@ class Forward:
         """Write what the next walk is about: embeddings, and the frame."""
         n = len(tokens)
         with self._span("embed", n, position):
-            embedded = self._weights.token_rows(tokens)
-            self._x[:n, : embedded.shape[1]] = embedded
+            self._weights.embed(tokens, self._x)
         frame = self._team.frame
         frame[rows.F_N_TOKENS] = n
         frame[rows.F_POSITION] = position

@@ -310,24 +310,25 @@ class Weights:
         )
         return Experts(spec.hidden_size, spec.moe_intermediate_size, records)
 
-    def token_rows(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The embeddings of `tokens`: float32 (n_tokens, hidden), read from flash row by row
-        unless they are resident.
+    def embed(self, tokens: Sequence[int], out: npt.NDArray[np.float32]) -> None:
+        """Write the embeddings of `tokens` to the first rows of `out`, float32 (n, >= hidden): read
+        from flash row by row, unless they are resident.
         """
         entry = self._manifest.tensors["token_embd.weight"]
-        row_bytes = entry.format.row_bytes(entry.shape[1])
-        if self._plan.embedding_resident:
-            table = self._embedding[: entry.extent.nbytes].reshape(entry.shape[0], row_bytes)
-            return dequantize_ref(entry.format, table[list(tokens)])
-        raw = np.empty((len(tokens), row_bytes), np.uint8)
+        row_bytes, hidden = entry.format.row_bytes(entry.shape[1]), entry.shape[1]
+        table = self._embedding[: entry.extent.nbytes].reshape(-1, row_bytes)
         seen: dict[int, int] = {}
         for i, token in enumerate(tokens):
-            if token in seen:
-                raw[i] = raw[seen[token]]
+            first = seen.setdefault(token, i)
+            if first < i:
+                out[i, :hidden] = out[first, :hidden]
                 continue
-            seen[token] = i
-            raw[i] = self._read(entry.rows(token, token + 1), self._row)
-        return dequantize_ref(entry.format, raw)
+            if self._plan.embedding_resident:
+                raw = table[token]
+            else:
+                raw = self._read(entry.rows(token, token + 1), self._row)
+            # One at a time: of 512 rows of 4096 the temporaries are 18 MiB, in no plan.
+            out[i, :hidden] = dequantize_ref(entry.format, raw[None])[0]
 
     def describe(self, streams: npt.NDArray[np.int64], work: dict[str, int]) -> None:
         """Write the addresses compiled code needs into the stream descriptor.

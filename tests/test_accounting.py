@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -22,6 +23,7 @@ import edgert
 import edgert.storage.pages
 from edgert.accounting import AGREEMENT_BYTES
 from edgert.cli.cgroup import drop_page_cache
+from edgert.quant.reference import dequantize_ref
 from edgert.storage.pages import being_touched, cached_bytes, cached_bytes_ref, resident_in, touch
 from tests.command import ROOT, environment
 from tests.test_stress import DENSE, group, inflated
@@ -203,3 +205,25 @@ def test_a_large_model_agrees_too(large: Path) -> None:
     drop_page_cache([large])
     found = moments(large, 700 * MIB)
     assert found["after"]["held"]["window"] > 0
+
+
+# ----------------------------------------------------------------------------- what no region has
+
+
+@pytest.mark.parametrize("spare", [0, None], ids=["rows from flash", "rows in memory"])
+def test_embedding_a_long_pass_takes_no_more_than_a_row(tiny_gguf: Path, spare: int | None) -> None:
+    """And a token that comes again is the same row."""
+    with tight(tiny_gguf, spare) as engine:
+        out = np.full((400, engine.spec.hidden_size), np.nan, np.float32)
+        tokens = [token % engine.vocab_size for token in range(200)] * 2
+        engine.weights.embed(tokens, out)
+        tracemalloc.start()
+        engine.weights.embed(tokens, out)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < out.nbytes / 4
+    assert np.array_equal(out[:200], out[200:]) and np.isfinite(out).all()
+    table = edgert.read_manifest(tiny_gguf).tensors["token_embd.weight"]
+    raw = tiny_gguf.read_bytes()[table.extent.offset :][: table.extent.nbytes]
+    rows = np.frombuffer(raw, np.uint8).reshape(table.shape[0], -1)
+    assert np.array_equal(out[:200], dequantize_ref(table.format, rows[tokens[:200]]))
