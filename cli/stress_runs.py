@@ -80,8 +80,10 @@ class Run:
     @property
     def timed(self) -> bool:
         """True when its speed says something: weights streamed, disk sound, budget at rest."""
-        streams = self.found.get("streamed_bytes", 0) > 0 and self.stats.get("decode_tok_s", 0) > 0
-        return streams and self.case.plain and self.exit_code == 0 and self.device_bytes_per_s > 0
+        misses = self.found.get("experts") and self.stats.get("read_bytes_per_token", 0) > 0
+        streams = self.found.get("streamed_bytes", 0) > 0 or bool(misses)
+        runs = streams and self.stats.get("decode_tok_s", 0) > 0 and self.device_bytes_per_s > 0
+        return runs and self.case.plain and self.exit_code == 0
 
     @property
     def read_share(self) -> float | None:
@@ -108,7 +110,8 @@ class Run:
     def prediction(self) -> float | None:
         """Predicted tokens/s over measured, less 1; None where nothing was predicted."""
         predicted: float = self.stats.get("predicted_tok_s", 0.0)  # without guesses
-        says = self.timed and predicted and not self.case.speculate
+        # A short run misses more experts than the steady one that is predicted.
+        says = self.timed and predicted and not (self.case.speculate or self.found["experts"])
         return predicted / self.stats["decode_tok_s"] - 1 if says else None
 
     @property

@@ -110,8 +110,7 @@ def test_sampling_is_said_in_the_verdict() -> None:
 
 def test_the_figures_of_promises() -> None:
     one = run()
-    assert one.read_share == pytest.approx(0.9)
-    assert one.roof_share == pytest.approx(2.0 * 0.4e9 / 1e9)
+    assert (one.read_share, one.roof_share) == (0.9, pytest.approx(2.0 * 0.4e9 / 1e9))
     assert one.prediction == pytest.approx(1.5 / 2.0 - 1)
     assert one.first_token == (3.0, pytest.approx(1.1 + 1))
     kept = {p.what: (p.kept, p.worst) for p in promises([one])}
@@ -119,7 +118,8 @@ def test_the_figures_of_promises() -> None:
     assert kept["read rate / device, waiting for it"] == (False, pytest.approx(0.9))
     assert kept["predicted tok/s, error"] == (False, pytest.approx(25))
     assert not kept["first token / bound"][0] and "resident / budget, from 2 GiB" not in kept
-    assert any("of experts" in p.what for p in promises([run(found={"experts": True})]))
+    missing = run(found={"experts": True, "streamed_bytes": 0})  # only experts are read
+    assert any("of experts" in p.what for p in promises([missing])) and missing.read_share == 0.9
     assert len(run_rows([one])[0]) == len(run_rows([run(found={}, exit_code=1)])[0])
 
 
