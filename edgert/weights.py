@@ -42,6 +42,8 @@ from edgert.units import align_up
 
 __all__ = ["Weights"]
 
+_EMBED_ROWS = 16  # dequantised at once
+
 Progress = Callable[[int, int], object]  # bytes done, bytes to do
 _Bytes = npt.NDArray[np.uint8]
 _PAGE = 4096
@@ -317,18 +319,21 @@ class Weights:
         entry = self._manifest.tensors["token_embd.weight"]
         row_bytes, hidden = entry.format.row_bytes(entry.shape[1]), entry.shape[1]
         table = self._embedding[: entry.extent.nbytes].reshape(-1, row_bytes)
-        seen: dict[int, int] = {}
+        first = {token: i for i, token in reversed([*enumerate(tokens)])}
+        new = sorted(first.values())
+        # A few at a time: of 512 rows of 4096 the temporaries are 18 MiB, in no plan.
+        for some in (new[i : i + _EMBED_ROWS] for i in range(0, len(new), _EMBED_ROWS)):
+            raw = np.empty((len(some), row_bytes), np.uint8)
+            for row, i in zip(raw, some, strict=True):
+                token = tokens[i]
+                if self._plan.embedding_resident:
+                    row[:] = table[token]
+                else:
+                    row[:] = self._read(entry.rows(token, token + 1), self._row)
+            out[some, :hidden] = dequantize_ref(entry.format, raw)
         for i, token in enumerate(tokens):
-            first = seen.setdefault(token, i)
-            if first < i:
-                out[i, :hidden] = out[first, :hidden]
-                continue
-            if self._plan.embedding_resident:
-                raw = table[token]
-            else:
-                raw = self._read(entry.rows(token, token + 1), self._row)
-            # One at a time: of 512 rows of 4096 the temporaries are 18 MiB, in no plan.
-            out[i, :hidden] = dequantize_ref(entry.format, raw[None])[0]
+            if first[token] < i:
+                out[i, :hidden] = out[first[token], :hidden]
 
     def describe(self, streams: npt.NDArray[np.int64], work: dict[str, int]) -> None:
         """Write the addresses compiled code needs into the stream descriptor.
