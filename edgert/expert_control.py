@@ -62,6 +62,7 @@ class ExpertControl:
             buffers[f"expert_ids {layer}"].view(np.int64)[:, : spec.num_experts_per_tok]
             for layer in range(spec.num_hidden_layers)
         ]
+        self._streamer.slots.choices = self._chosen
         self._sink: Callable[[npt.NDArray[np.int16]], object] | None = None
         self._learner: ExpertLearner | None = None
         self._forecasts: dict[tuple[int, int], Callable[[int], float] | None] = {}

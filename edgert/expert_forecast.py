@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from edgert.expert_profile import ExpertProfile
-from edgert.expert_simulation import replay_steps, steps_of
+from edgert.expert_simulation import replay_steps, steps_of, tokens_of
 from edgert.storage.expert_cache import SlotSizes
 from edgert.storage.expert_policy import choose_policy, hottest
 
@@ -48,10 +48,13 @@ def forecast_misses(
         size = prefill_tokens if tokens == 1 else tokens
         sizes = [size] * (prompt // size) + [prompt % size] * (prompt % size > 0)
         sizes += [1] * (len(sample) - prompt)
-        steps = list(steps_of(sample, np.array(sizes, np.int32), shape[1]))
+        passes = np.array(sizes, np.int32)
+        steps, each = list(steps_of(sample, passes, shape[1])), list(tokens_of(sample, passes))
         policy = choose_policy(slots, shape, k, uses)
         first = hottest(uses, slots)
-        hits = list(replay_steps(steps, shape, slots, policy, first, sizes=slot_sizes))
+        hits = list(
+            replay_steps(steps, shape, slots, policy, first, sizes=slot_sizes, tokens=each)
+        )
         counted = len(sample) - prompt if tokens == 1 else max(prompt // size, 1)
         # Of single tokens those at the end, of long passes the whole ones at the beginning.
         last = len(steps) if tokens == 1 else counted * shape[0]

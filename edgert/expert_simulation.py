@@ -19,10 +19,10 @@ from edgert.errors import InputError
 from edgert.expert_guesses import GUESSERS, Guesser, make_guesser
 from edgert.routing import Choices, Routing
 from edgert.storage.expert_cache import SlotSizes, admit, that_fit
-from edgert.storage.expert_order import USUAL, ExpertPolicy, Lru, Setting, Shape
+from edgert.storage.expert_order import USUAL, Chosen, ExpertPolicy, Lru, Setting, Shape
 from edgert.storage.expert_policy import POLICIES, choose_policy, hottest, make_policy
 
-__all__ = ["SIMULATED", "Figure", "replay", "replay_steps", "simulate", "steps_of"]
+__all__ = ["SIMULATED", "Figure", "replay", "replay_steps", "simulate", "steps_of", "tokens_of"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -102,6 +102,7 @@ def _figure(
         hits = uses = 0
         for part in parts:
             steps = list(steps_of(choices[:, part], passes, trace.experts))
+            tokens = list(tokens_of(choices[:, part], passes))
             known = None if profile is None else profile[part]
             policy: ExpertPolicy
             if name == "belady":
@@ -114,7 +115,7 @@ def _figure(
             first = hottest(known, own) if loaded and known is not None else ()
             guesser = make_guesser(ahead, *shape) if ahead else None
             sizes = None if per_layer else trace.slot_sizes(slots)
-            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k, sizes))
+            hits += sum(replay_steps(steps, shape, own, policy, first, guesser, k, sizes, tokens))
             wasted += guesser.wasted if guesser else 0
             uses += sum(len(keys) for keys in steps)
         rates.append(hits / uses)
@@ -131,6 +132,15 @@ def steps_of(choices: Choices, passes: npt.NDArray[np.int32], experts: int) -> I
     for size in passes.tolist():
         for layer in range(choices.shape[1]):
             yield np.unique(choices[at : at + size, layer]).astype(np.int64) + layer * experts
+        at += size
+
+
+def tokens_of(choices: Choices, passes: npt.NDArray[np.int32]) -> Iterator[Chosen | None]:
+    """What the tokens of each pass chose, layer by layer; None for those of one token."""
+    at = 0
+    for size in passes.tolist():
+        some = choices[at : at + size].astype(np.int64)
+        yield None if size == 1 else list(some.transpose(1, 0, 2))
         at += size
 
 
@@ -154,6 +164,7 @@ def replay_steps(
     guesser: Guesser | None = None,
     k: int = 0,
     sizes: SlotSizes | None = None,
+    tokens: Sequence[Chosen | None] = (),
 ) -> Iterator[int]:
     """Hits of a policy in each step; `steps`: keys of the layers in turn, pass after pass.
 
@@ -161,14 +172,15 @@ def replay_steps(
     it does not use itself, the rest when those that have arrived are computed. The cache is empty
     at first but for `loaded`: experts of each layer. Before each step `k` experts that `guesser`
     names are read ahead, into a quarter of the slots at most, as the engine does. `sizes`: of
-    records and slots, where there are several.
+    records and slots, where there are several. `tokens`: of each pass, where some have several.
     """
     stamps = np.zeros(shape[0] * shape[1], np.int64)
     slot_of = np.full(len(stamps), -1, np.int64)
     owner = np.full(slots, -1, np.int64)
+    chosen: Chosen | None = None
 
     def put(wanted: Sequence[int], busy: npt.NDArray[np.bool_]) -> list[int]:
-        plan = admit(policy, wanted, owner, stamps, busy, sizes=sizes)
+        plan = admit(policy, wanted, owner, stamps, busy, sizes, chosen)
         for item in plan.admitted:
             if item.evicted >= 0:
                 slot_of[item.evicted] = -1
@@ -195,6 +207,7 @@ def replay_steps(
             put(ahead.tolist(), busy)
             guesser.wasted += len(np.setdiff1d(ahead, keys))
             guesser.learn(layer, keys - layer * shape[1])
+        chosen = tokens[(clock - 1) // shape[0]] if tokens else None
         stamps[keys] = clock
         resident = slot_of[keys]
         wanted = keys[resident < 0].tolist()
@@ -205,7 +218,7 @@ def replay_steps(
             wanted = put(wanted, busy)
             busy[:] = False  # those before are computed
         if clock % shape[0] == 0:
-            policy.observe(stamps)
+            policy.observe(stamps, chosen)
 
 
 class _Belady(Lru):
@@ -226,7 +239,7 @@ class _Belady(Lru):
             following[keys] = number
         self._after.reverse()
 
-    def observe(self, stamps: _Ints) -> None:
+    def observe(self, stamps: _Ints, chosen: Chosen | None = None) -> None:
         """Look up when what was used is used next."""
         now = int(stamps.max())
         for number in range(self._done, now):

@@ -45,7 +45,8 @@ def group_pairs(op: int, frame: int, streams: int) -> None:
     ids = arg(op, rows.G_IDS)
     k = arg(op, rows.G_TOP_K)
     n_experts = arg(op, rows.G_N_EXPERTS)
-    pairs = arg(frame, rows.F_N_TOKENS) * k
+    tokens = arg(frame, rows.F_N_TOKENS)
+    pairs = tokens * k
     board = arg(streams, rows.S_BOARD)
     expert_at = board + 8 * rows.BOARD_ARRAYS
     state_at = expert_at + 8 * n_experts
@@ -57,6 +58,7 @@ def group_pairs(op: int, frame: int, streams: int) -> None:
     pair_at = arg(streams, rows.S_PAIR_ID)
     clock = arg(streams, rows.S_CLOCK) + 1
     store_int(streams + 8 * rows.S_CLOCK, clock)
+    store_int(board + 8 * rows.BOARD_TOKENS, tokens)  # before the stamps, which say it is so
     groups = 0
     filled = 0
     for e in range(n_experts):

@@ -82,9 +82,9 @@ T_ROW, T_BEGIN, T_READY, T_DONE, T_THROUGH = range(5)
 T_FIELDS = 5
 T_THREAD_BITS = 16
 
-# The board of the expert streamer: layer, number of groups, then expert, state and address of
-# every group as three arrays of n_experts.
-BOARD_LAYER, BOARD_GROUPS, BOARD_ARRAYS = range(3)
+# The board of the expert streamer: layer, number of groups, tokens of the pass, then expert, state
+# and address of every group as three arrays of n_experts.
+BOARD_LAYER, BOARD_GROUPS, BOARD_TOKENS, BOARD_ARRAYS = range(4)
 WANTED, READY, DONE = 0, 1, 2
 
 # The board of hints: the stamp that the layer will write when it comes, the layer, number of

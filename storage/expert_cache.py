@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgert.storage.expert_order import ExpertPolicy
+from edgert.storage.expert_order import Chosen, ExpertPolicy
 
 __all__ = [
     "Admission", "AdmissionPlan", "SlotSizes", "admit", "admit_by", "fitting", "leaving",
@@ -70,22 +70,25 @@ def admit(
     stamps: npt.NDArray[np.int64],
     busy: npt.NDArray[np.bool_],
     sizes: SlotSizes | None = None,
+    chosen: Chosen | None = None,
 ) -> AdmissionPlan:
     """Slots for the missing experts `wanted`, by a policy, which learns of the uses and misses.
 
     Shapes: owner (n_slots,), -1 free; stamps (n_keys,), those of the current layer the largest;
-    busy (n_slots,). The simulator comes here; the engine keeps ranks, and comes to `admit_by`.
+    busy (n_slots,); `chosen` as in `ExpertPolicy.observe`. The simulator comes here; the engine
+    keeps ranks, and comes to `admit_by`.
     """
-    plan = admit_by(leaving(policy, owner, stamps), wanted, owner, busy, (), sizes)
+    plan = admit_by(leaving(policy, owner, stamps, chosen), wanted, owner, busy, (), sizes)
     policy.missed(len(plan.admitted))
     return plan
 
 
 def leaving(
-    policy: ExpertPolicy, owner: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+    policy: ExpertPolicy, owner: npt.NDArray[np.int64], stamps: npt.NDArray[np.int64],
+    chosen: Chosen | None = None,
+) -> npt.NDArray[np.float64]:  # fmt: skip
     """The rank of each slot's expert, (n_slots,), of which the lowest leaves first."""
-    policy.observe(stamps)
+    policy.observe(stamps, chosen)
     return np.where(stamps[owner] == stamps.max(), _CURRENT, policy.ranks(owner))
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgert.storage.expert_order import (
     USUAL,
+    Chosen,
     DecayedLfu,
     ExpertPolicy,
     Lfu,
@@ -57,9 +58,9 @@ class Predicted:
         self._keeps = keeps
         self._order = order
 
-    def observe(self, stamps: _Ints) -> None:
+    def observe(self, stamps: _Ints, chosen: Chosen | None = None) -> None:
         """As the order inside."""
-        self._order.observe(stamps)
+        self._order.observe(stamps, chosen)
 
     def missed(self, count: int) -> None:
         """As the order inside."""
@@ -95,9 +96,9 @@ class Partitioned(Predicted):
         self._slots = slots
         self._shares = _shares(slots - reserve, shape[0])
 
-    def observe(self, stamps: _Ints) -> None:
+    def observe(self, stamps: _Ints, chosen: Chosen | None = None) -> None:
         """As the order inside; the latest stamps are those of the layer being computed."""
-        super().observe(stamps)
+        super().observe(stamps, chosen)
         self._seen[:] = stamps
 
     def ranks(self, owner: _Ints) -> _Floats:
@@ -179,7 +180,7 @@ class Robust(Lru):
         self.misses = 0
         self.lru_misses = 0
 
-    def observe(self, stamps: _Ints) -> None:
+    def observe(self, stamps: _Ints, chosen: Chosen | None = None) -> None:
         """Also count what LRU would have missed: all but the `slots` latest stamps."""
         used = self.seen[stamps != self.seen]
         if not len(used):
@@ -189,7 +190,7 @@ class Robust(Lru):
             oldest = max(1, int(np.partition(self.seen, -self._slots)[-self._slots]))
         self.lru_misses += int(np.count_nonzero(used < oldest))
         self.seen[:] = stamps
-        self._trusted.observe(stamps)
+        self._trusted.observe(stamps, chosen)
 
     def missed(self, count: int) -> None:
         """Count own misses."""

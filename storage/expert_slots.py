@@ -1,8 +1,8 @@
 """Which expert is in which slot.
 
 Owns: the two indexes between slots and experts, the addresses compiled code looks up, the stamps it
-writes, and moving an expert in where a policy lets another leave. Must not know what is on its way,
-nor who asks.
+writes, what a policy is told of them, and moving an expert in where a policy lets another leave.
+Must not know what is on its way, nor who asks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.storage.expert_cache import Admission, SlotSizes, admit_by, fitting, leaving
-from edgert.storage.expert_order import ExpertPolicy, Lru
+from edgert.storage.expert_order import Chosen, ExpertPolicy, Lru
 from edgert.storage.window import Window
 
 __all__ = ["ExpertSlots", "PolicyFor"]
@@ -26,13 +26,15 @@ class ExpertSlots:
     """The slots of `window` for experts of `shape` (n_layers, n_experts). Not thread-safe.
 
     A *key* is layer * n_experts + expert. An expert that has moved in has a slot; it has an address
-    too once `publish` says that all of it is there.
+    too once `publish` says that all of it is there. `tokens` (1,): of the pass under way, compiled
+    code's, as are `choices`: of each layer the experts of its tokens, (most tokens, k).
     """
 
     def __init__(
         self,
         shape: tuple[int, int],
         window: Window,
+        tokens: npt.NDArray[np.int64],
         policy_for: PolicyFor | None,
         record_bytes: npt.NDArray[np.int64] | None = None,
     ) -> None:
@@ -40,6 +42,8 @@ class ExpertSlots:
         self.last_used: npt.NDArray[np.int64] = np.zeros(shape, np.int64)
         self.address = self.addresses.reshape(-1)  # the same memory, by key
         self.stamps = self.last_used.reshape(-1)
+        self.choices: Sequence[npt.NDArray[np.int64]] = ()
+        self._tokens = tokens
         self._record_bytes = record_bytes  # [layers, experts]; None: any slot holds any expert
         self._use(window)
         self.owner = np.full(window.n_slots, -1, np.int64)  # keys
@@ -53,6 +57,14 @@ class ExpertSlots:
         self._ranked_at = -1
         self.policy.observe(self.stamps)
         self.policy.missed(int(np.count_nonzero(self.stamps)))  # each was loaded once at least
+
+    def observe(self) -> None:
+        """Let the policy see the uses up to now."""
+        self.policy.observe(self.stamps, self._chosen())
+
+    def _chosen(self) -> Chosen | None:
+        tokens = int(self._tokens[0])
+        return [ids[:tokens] for ids in self.choices] or None if tokens > 1 else None
 
     def resize(self, window: Window) -> None:
         """More or fewer slots at the same addresses. Forgets experts in slots that are gone."""
@@ -94,7 +106,7 @@ class ExpertSlots:
 
     def _rank_slots(self, stamps: npt.NDArray[np.int64]) -> None:
         self._ranked_at = int(stamps.max())
-        self._rank = leaving(self.policy, self.owner, stamps)
+        self._rank = leaving(self.policy, self.owner, stamps, self._chosen())
 
     def _take(self, admitted: tuple[Admission, ...]) -> tuple[Admission, ...]:
         for item in admitted:

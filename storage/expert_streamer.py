@@ -4,8 +4,9 @@ Owns: the slots' contents, the board on which compiled code asks, and the thread
 Must not know what an expert computes. Lookups of resident experts happen in compiled code, in
 `slot_address`; Python wakes up only for a miss.
 
-The board is int64[2 + 3 * n_experts]: layer, n_groups, then expert[], state[], address[]. One
-layer at a time, in this order, without which a hit could be evicted while it is being noted:
+The board is int64[3 + 3 * n_experts]: layer, n_groups, tokens of the pass, then expert[], state[],
+address[]. One layer at a time, in this order, without which a hit could be evicted while it is
+being noted:
   1. all groups of the layer before are DONE;
   2. stamp them (below), then a full fence: what is read ahead may evict at any time, and sees it;
      write layer and expert[]; a group whose `slot_address` is not 0 is a hit: write its address,
@@ -81,12 +82,10 @@ class ExpertStreamer:
     ) -> None:
         n_layers, n_experts = shape
         self.shape = (n_layers, n_experts)
-        self.board: npt.NDArray[np.int64] = np.zeros(2 + 3 * n_experts, np.int64)
-        self.expert = self.board[2 : 2 + n_experts]
-        self.state = self.board[2 + n_experts : 2 + 2 * n_experts]
-        self.group_address = self.board[2 + 2 * n_experts :]
+        self.board: npt.NDArray[np.int64] = np.zeros(3 + 3 * n_experts, np.int64)
+        self.expert, self.state, self.group_address = self.board[3:].reshape(3, n_experts)
         self.state[:] = DONE
-        self.slots = ExpertSlots(shape, window, policy_for, record_bytes)
+        self.slots = ExpertSlots(shape, window, self.board[2:3], policy_for, record_bytes)
         self.slot_address, self.last_used = self.slots.addresses, self.slots.last_used
         self.loads = 0
         self._parts = parts
@@ -108,7 +107,7 @@ class ExpertStreamer:
     def note_pass(self, tokens: int, seconds: float) -> None:
         """After a pass: let the policy see its uses before others hide them, and what it took."""
         with self._team.lock:
-            self.slots.policy.observe(self.slots.stamps)
+            self.slots.observe()
             self._settle(int(self.slots.stamps.max()))
             self.prefetcher.pass_ended(tokens, seconds)
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert.expert_simulation import replay, steps_of
+from edgert.expert_simulation import replay, replay_steps, steps_of, tokens_of
 from edgert.expert_tuning import synthetic_routing
 from edgert.routing import Routing
 from edgert.storage import expert_order
-from edgert.storage.expert_order import USUAL, DecayedLfu, Markov, likeliest
-from edgert.storage.expert_policy import Partitioned
+from edgert.storage.expert_order import USUAL, DecayedLfu, ExpertPolicy, Lfu, Markov, likeliest
+from edgert.storage.expert_policy import Partitioned, choose_policy
 
 LAYERS, EXPERTS, K = 3, 8, 2
 
 Token = list[list[int]]  # of each layer the experts used
+Order = TypeVar("Order", bound=ExpertPolicy)
 
 
-def fed(policy: Markov, tokens: list[Token], every: int) -> Markov:
+def fed(policy: Order, tokens: list[Token], every: int) -> Order:
     """Tokens one after the other, observed after each `every` layers, as after each token."""
     stamps, clock = np.zeros(LAYERS * EXPERTS, np.int64), 0
     for token in tokens:
@@ -65,6 +68,54 @@ def test_the_chain_is_its_formula_however_often_it_looks(tokens: list[Token], ev
         assert policy.chance[layer] == pytest.approx(chances(tokens, layer))
     owner = np.array([0, 9, 17, 23])
     assert (policy.ranks(owner) == policy.chance.reshape(-1)[owner]).all()
+
+
+tokens_of_k = st.lists(
+    st.lists(
+        st.lists(st.integers(0, EXPERTS - 1), min_size=K, max_size=K, unique=True),
+        min_size=LAYERS, max_size=LAYERS,
+    ),
+    min_size=1, max_size=25,
+)  # fmt: skip
+
+
+ORDERS = {
+    "markov": lambda: Markov((LAYERS, EXPERTS), K),
+    "decayed": lambda: DecayedLfu((LAYERS, EXPERTS)),
+    "boosted": lambda: DecayedLfu((LAYERS, EXPERTS), boost=2.0),
+    "lfu": lambda: Lfu((LAYERS, EXPERTS)),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@settings(max_examples=30, deadline=None)
+@given(tokens_of_k, st.lists(st.integers(1, 9), min_size=1), st.integers(1, LAYERS))
+def test_a_pass_teaches_what_its_tokens_would_one_by_one(
+    name: str, tokens: list[Token], sizes: list[int], every: int
+) -> None:
+    """However many tokens a pass has, and whenever a thread looks, also between two stamps."""
+    one_by_one, policy = fed(ORDERS[name](), tokens, 1), ORDERS[name]()
+    stamps, clock, left = np.zeros(LAYERS * EXPERTS, np.int64), 0, tokens
+    for size in sizes * len(tokens):
+        some, left = np.array(left[:size], np.int64), left[size:]  # (tokens, layers, k)
+        if not len(some):
+            break
+        chosen = list(some.transpose(1, 0, 2)) if len(some) > 1 else None
+        for layer in range(LAYERS):
+            clock += 1
+            keys = np.unique(layer * EXPERTS + some[:, layer])
+            if clock % every == 0 and chosen:
+                stamps[keys[::2]] = clock
+                policy.observe(stamps, chosen)
+            stamps[keys] = clock
+            if clock % every == 0:
+                policy.observe(stamps, chosen)
+        policy.observe(stamps, chosen)
+    if isinstance(policy, Lfu):  # tokens of one pass have one stamp, which orders equals
+        assert (policy._uses == one_by_one._uses).all()
+    else:
+        owner = np.arange(LAYERS * EXPERTS)
+        assert policy.ranks(owner) == pytest.approx(one_by_one.ranks(owner))
 
 
 def test_a_layer_seen_while_it_is_stamped_counts_once() -> None:
@@ -129,6 +180,19 @@ def test_where_nothing_follows_it_loses_little_to_frequency() -> None:
         for order in (Markov((8, 32), 4), DecayedLfu((8, 32)))
     ]
     assert hits[0] > 0.95 * hits[1]
+
+
+def test_a_prompt_says_which_experts_the_answer_uses() -> None:
+    """A pass of many tokens uses nearly all experts; how often each of them is what counts."""
+    trace = synthetic_routing("skewed", tokens=160)
+    choices, passes = trace.requests[0], np.array([128] + [1] * 32, np.int32)
+    steps, tokens = list(steps_of(choices, passes, 32)), list(tokens_of(choices, passes))
+    misses = []
+    for known in ((), tokens):
+        policy = choose_policy(64, (8, 32), 4)
+        hits = list(replay_steps(steps, (8, 32), 64, policy, tokens=known))
+        misses.append(8 * 4 * 8 - sum(hits[8:][: 8 * 8]))  # of the first 8 tokens
+    assert misses[1] < 0.8 * misses[0]
 
 
 def test_many_experts_and_many_slots_are_ordered_by_frequency() -> None:

@@ -244,7 +244,7 @@ def test_hints_that_lie_cost_time_and_nothing_else(n_slots: int, threads: int) -
 
 def test_slots_ranked_once_a_layer_are_chosen_as_if_ranked_each_time() -> None:
     shape, rng = (N_LAYERS, N_EXPERTS), random.Random(1)
-    slots = ExpertSlots(shape, Window(pages(14 * 4096), 4096), None)
+    slots = ExpertSlots(shape, Window(pages(14 * 4096), 4096), np.zeros(1, np.int64), None)
     chosen = 0
     for clock in range(1, 200):
         first = clock % N_LAYERS * N_EXPERTS

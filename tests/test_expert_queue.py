@@ -151,7 +151,7 @@ def test_what_is_not_allowed_is_not_tried() -> None:
 @pytest.mark.parametrize("used_meanwhile", [False, True])
 def test_what_is_used_while_it_is_evicted_for_a_guess_is_taken_back(used_meanwhile: bool) -> None:
     """Compiled code stamps an expert, then looks it up; a guess may be evicting it just then."""
-    slots = ExpertSlots((1, 8), Window(pages(2 * 4096), 4096), None)
+    slots = ExpertSlots((1, 8), Window(pages(2 * 4096), 4096), np.zeros(1, np.int64), None)
     for item in slots.move_in([0, 1], np.zeros(2, np.bool_)):
         slots.publish(item.expert)
     slots.stamps[[0, 1]] = 1, 2
