@@ -4,6 +4,9 @@ Owns: what both are asked, the time limit, the ratios. How an engine is driven i
 bench_baseline.py. llama.cpp maps the file, its repacking off, because repacked weights can not be
 dropped from memory and do not fit: in a limit below the file's size every token reads it anew. A
 few tokens may take minutes, so each side has a time limit.
+
+Each is given a prompt, then another one, and then generates behind that, as in a conversation: what
+either keeps in memory then is what it kept of text. The first prompt meets what loading left there.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ __all__ = [
     "BASELINE_HEADER", "Comparison", "LlamaCpp", "baseline_rows", "compare_case", "ratio_line",
 ]  # fmt: skip
 
-_PAST = 4  # tokens before those whose decoding is timed
 _SIDES = ("llama.cpp", "edgert")
+_FIGURES = ("decode", "prefill", "first_prefill")
 _STEADY = 4  # tokens of llama.cpp where edgert guesses: each costs it the same
 
 
@@ -46,8 +49,9 @@ class LlamaCpp:
 class Side:
     """One engine in its group."""
 
-    decode_tok_s: float = 0.0  # 0: it did not come so far
-    prefill_tok_s: float = 0.0
+    decode_tok_s: float = 0.0  # behind the second prompt; 0: it did not come so far
+    prefill_tok_s: float = 0.0  # of the second prompt
+    first_prefill_tok_s: float = 0.0
     peak_bytes: int = 0
     device_bytes_per_s: float = 0.0
     message: str = ""  # why not
@@ -73,7 +77,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        ratios = {f: self.ratio(f"{f}_tok_s") for f in ("decode", "prefill")}
+        ratios = {f: self.ratio(f"{f}_tok_s") for f in _FIGURES}
         return asdict(self) | {"over": self.over, "ratios": ratios}
 
 
@@ -112,7 +116,8 @@ def _measure(name: str, case: Case, python: str | None, theirs: Path, time_limit
     commands = worker_commands(options, threads, case.context_length, python, theirs, repack=False)
     argv, env = commands[name]
     tokenizer = edgert.Tokenizer.from_manifest(edgert.read_manifest(case.model).metadata)
-    text = some_text(tokenizer, case.prompt_tokens + case.max_tokens + _PAST)
+    size = case.prompt_tokens
+    text = some_text(tokenizer, 2 * size + case.max_tokens)
     side = Side()
     with ExitStack() as stack:
         group = open_group(case.budget_bytes, case.disk_rate, case.model)
@@ -124,13 +129,15 @@ def _measure(name: str, case: Case, python: str | None, theirs: Path, time_limit
         try:
             with _limited(worker, time_limit) as late:
                 worker.wait_ready(lambda *_: None)
-                count = min(case.max_tokens, _STEADY if case.speculate else case.max_tokens)
-                tokens = text[_PAST : _PAST + count]
-                answer = worker.ask(text[:_PAST], tokens, True)
-                side.decode_tok_s = len(tokens) / answer["seconds"]
+                first, second, rest = text[:size], text[size : 2 * size], text[2 * size :]
+                answer = worker.ask([], first, False)
+                side.first_prefill_tok_s = size / answer["seconds"]
+                answer = worker.ask([], second, False)
+                side.prefill_tok_s = size / answer["seconds"]
                 side.top.append(answer["top"])
-                answer = worker.ask([], text[: case.prompt_tokens], False)
-                side.prefill_tok_s = case.prompt_tokens / answer["seconds"]
+                tokens = rest[: _STEADY if case.speculate else None]
+                answer = worker.ask(second, tokens, True)
+                side.decode_tok_s = len(tokens) / answer["seconds"]
                 side.top.append(answer["top"])
         except InputError:
             raise
@@ -163,7 +170,8 @@ def _limited(worker: EngineWorker, seconds: float) -> Iterator[Event]:
 
 BASELINE_HEADER = (
     "case", "limit", "device GB/s", "edgert decode", "llama.cpp decode", "ratio",
-    "edgert prefill", "llama.cpp prefill", "ratio", "edgert peak", "same next token", "note",
+    "edgert prefill", "llama.cpp prefill", "ratio", "edgert first prompt",
+    "llama.cpp first prompt", "ratio", "edgert peak", "same next token", "note",
 )  # fmt: skip
 
 
@@ -182,10 +190,11 @@ def _row(one: Comparison) -> list[str]:
     notes = [f"{name}: {side.message}" for name, side in one.sides.items() if side.message]
     both = min(len(ours.top), len(theirs.top))
     agreed = sum(a == b for a, b in zip(ours.top, theirs.top, strict=False))
+    speeds = []
+    for name in (f"{figure}_tok_s" for figure in _FIGURES):
+        speeds += [shown(s) for s in (getattr(ours, name), getattr(theirs, name), one.ratio(name))]
     return [
-        one.case.name, format_bytes(one.case.budget_bytes), shown(rate),
-        shown(ours.decode_tok_s), shown(theirs.decode_tok_s), shown(one.ratio("decode_tok_s")),
-        shown(ours.prefill_tok_s), shown(theirs.prefill_tok_s), shown(one.ratio("prefill_tok_s")),
+        one.case.name, format_bytes(one.case.budget_bytes), shown(rate), *speeds,
         f"{100 * ours.peak_bytes / one.case.budget_bytes:.0f} %", f"{agreed} of {both}",
         "; ".join(notes) or "-",
     ]  # fmt: skip
@@ -194,10 +203,10 @@ def _row(one: Comparison) -> list[str]:
 def ratio_line(found: Sequence[Comparison]) -> str:
     """The ratios of all cases in one line."""
     parts = []
-    for figure in ("decode", "prefill"):
+    for figure in _FIGURES:
         ratios = [r for one in found if (r := one.ratio(f"{figure}_tok_s")) is not None]
         if ratios:
             middle = f" (median {statistics.median(ratios):.2f})" if len(ratios) > 2 else ""
             span = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            parts.append(f"{figure} {span} times llama.cpp{middle}")
+            parts.append(f"{figure.replace('_', ' ')} {span} times llama.cpp{middle}")
     return ", ".join(parts) or "nothing to compare"
