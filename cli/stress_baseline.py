@@ -103,8 +103,11 @@ def compare_case(case: Case, llama: LlamaCpp, time_limit: float, turn: int) -> C
 
 def _generate(case: Case, time_limit: float) -> Side:
     run = run_case(case, time_limit)
-    speeds = [run.stats.get(name, 0.0) for name in ("decode_tok_s", "prefill_tok_s")]
-    return Side(speeds[0], speeds[1], run.peak_bytes, run.device_bytes_per_s, run.message)
+    decode, prefill = (run.stats.get(name, 0.0) for name in ("decode_tok_s", "prefill_tok_s"))
+    return Side(
+        decode, prefill, peak_bytes=run.peak_bytes, device_bytes_per_s=run.device_bytes_per_s,
+        message=run.message,
+    )  # fmt: skip
 
 
 def _measure(name: str, case: Case, python: str | None, theirs: Path, time_limit: float) -> Side:

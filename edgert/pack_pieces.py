@@ -10,7 +10,6 @@ Owns: the pieces, and the threads that make them. Must not know where tensors go
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from edgert.kernels_cpu.layout import TILE_ROWS, matrix_bytes, repack
 from edgert.placing import split_parts
 from edgert.quant.reference import dequantize_ref
+from edgert.storage.arena import Arena
 from edgert.storage.backend import FileBackend, aligned_range
 from edgert.storage.manifest import Manifest, TensorEntry
 from edgert.storage.pack import PAGE, part_bytes
@@ -120,12 +120,13 @@ def write_pieces(
     """
     pieces = list(_pieces(placed, manifest))
     longest = max(p.rows * p.source.format.row_bytes(p.source.shape[-1]) for p in pieces)
-    local = threading.local()
+    local, room = threading.local(), align_up(longest, PAGE) + PAGE
+    arena = Arena(_THREADS * room)
+    staging = [arena.take(f"piece {i}", room, PAGE) for i in range(_THREADS)]
 
     def make(piece: _Piece) -> _Made:
         if not hasattr(local, "staging"):
-            room = mmap.mmap(-1, align_up(longest, PAGE) + PAGE)
-            local.staging = np.frombuffer(room, np.uint8)
+            local.staging = staging.pop()
         return _made(piece, backend, local.staging, requantise)
 
     pool = ThreadPoolExecutor(_THREADS, "edgert-pack")
@@ -149,6 +150,7 @@ def write_pieces(
         writer.append(memoryview(bytes(data_bytes - writer.position)))
     finally:
         pool.shutdown(cancel_futures=True)
+        arena.close()
 
 
 def _append(writer: PackWriter, piece: _Piece, made: Future[_Made]) -> None:

@@ -5,18 +5,18 @@ Owns: `verify_pack`, and what compares a run of bytes. Must not know what the by
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edgert.errors import FormatError
+from edgert.storage.arena import Arena
 from edgert.storage.backend import FileBackend
 from edgert.storage.checksums import Checksums, damaged, read_checksums
 from edgert.storage.manifest import Manifest
 from edgert.storage.model_file import open_model_file
-from edgert.storage.pack import HEADER, read_header, read_pack
+from edgert.storage.pack import HEADER, PAGE, read_header, read_pack
 from edgert.units import MIB
 
 __all__ = ["first_wrong", "verify_pack"]
@@ -35,12 +35,14 @@ def first_wrong(
     Both are multiples of a page from the start of the data. Raises `StorageError`. Holds 8 MiB.
     """
     local = threading.local()
+    arena = Arena(_THREADS * _READ_BYTES)
+    buffers = [arena.take(f"read {i}", _READ_BYTES, PAGE) for i in range(_THREADS)]
 
     def check(at: int) -> int | None:
         """Where the first wrong bytes of one read are."""
         if not hasattr(local, "buffer"):
-            local.buffer = memoryview(mmap.mmap(-1, _READ_BYTES))
-        view = local.buffer[: min(_READ_BYTES, stop - at)]
+            local.buffer = buffers.pop()
+        view = local.buffer[: min(_READ_BYTES, stop - at)].data
         backend.read_into(0, at, view)
         return sums.first_wrong(at, view)
 
@@ -53,6 +55,7 @@ def first_wrong(
                 on_progress(min(done * _READ_BYTES, stop - start), stop - start)
     finally:
         pool.shutdown(cancel_futures=True)
+        arena.close()
     return None
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import EdgertError, FormatError, InputError
+from edgert.storage.arena import Arena
 from edgert.storage.backend import FileBackend
 from edgert.storage.checksums import Checksums
 from edgert.storage.pack import HEADER, PAGE, VERSION, encode_header
@@ -65,7 +65,10 @@ class PackWriter:
         self._file_bytes = self._data_offset + data_bytes
         self._values: npt.NDArray[np.uint32] = np.zeros(data_bytes // PAGE, np.uint32)
         self._sums = Checksums(self._data_offset, PAGE, True, self._values)
-        self._buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(2)]  # filled, written
+        self._arena = Arena(2 * _BUFFER_BYTES)
+        self._buffers = [  # the one being filled, the one being written
+            self._arena.take(f"write {i}", _BUFFER_BYTES, PAGE) for i in range(2)
+        ]
         self._waiting = 0  # bytes in the first of them, the last ones before `position`
         self._writing: Future[None] | None = None
         self._begun = 0  # bytes of data up to the checkpoint that was begun last
@@ -107,7 +110,8 @@ class PackWriter:
         with self._explained():
             while len(data):
                 n = min(len(data), _BUFFER_BYTES - self._waiting)
-                self._buffers[0][self._waiting : self._waiting + n] = data[:n]
+                place = self._buffers[0][self._waiting : self._waiting + n]
+                place[:] = np.frombuffer(data[:n], np.uint8)
                 self.position += n
                 self._waiting += n
                 data = data[n:]
@@ -149,6 +153,7 @@ class PackWriter:
         """Let go of the file. Idempotent."""
         self._writer.shutdown()
         self._settler.shutdown()
+        self._arena.close()
         fds, self._fd, self._direct = (self._fd, self._direct), -1, -1
         for fd in fds:
             if fd >= 0:
@@ -203,8 +208,7 @@ class PackWriter:
     def _flush(self) -> None:
         """Begin to write what is in the buffer, and fill the other one meanwhile."""
         at = self._data_offset + self.position - self._waiting
-        with memoryview(self._buffers[0]) as view, view[: self._waiting] as data:
-            self._sums.fill(at, data)
+        self._sums.fill(at, self._buffers[0][: self._waiting].data)
         if self._writing is not None:
             self._writing.result()
         self._buffers.reverse()
@@ -213,12 +217,12 @@ class PackWriter:
         if self.position - self._begun >= _SYNC_BYTES:
             self._checkpoint()
 
-    def _write(self, buffer: mmap.mmap, nbytes: int, at: int) -> None:
+    def _write(self, buffer: npt.NDArray[np.uint8], nbytes: int, at: int) -> None:
         """Write the first bytes of a buffer: whole pages, since all data is."""
-        with memoryview(buffer) as view, view[:nbytes] as data:
-            if self._direct < 0 or not _write_direct(self._direct, data, at):
-                _write(self._fd, data, at)
-                _drop(self._fd, at, nbytes)  # asks for it to be written now
+        data = buffer[:nbytes].data
+        if self._direct < 0 or not _write_direct(self._direct, data, at):
+            _write(self._fd, data, at)
+            _drop(self._fd, at, nbytes)  # asks for it to be written now
 
     def _checkpoint(self) -> None:
         """Begin to make all that was written last, once what is before it does."""

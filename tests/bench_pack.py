@@ -7,7 +7,6 @@ which is what packing asks of the disk; and `pack_model`. Medians, and the most 
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import threading
@@ -16,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 import edgert
 from edgert.machine import peak_bytes
+from edgert.storage.arena import Arena
 from edgert.units import MIB
 
 STEP = 4 * MIB
@@ -41,11 +43,9 @@ def disk(model: Path, out: Path, nbytes: int, alone: bool) -> None:
                 done[counts] = at + STEP
                 moved.notify_all()
 
-    def room() -> mmap.mmap:
-        return mmap.mmap(-1, STEP)
-
-    data, a, b = room(), room(), room()
-    data[:] = os.urandom(STEP)
+    arena = Arena(3 * STEP)
+    data, a, b = (arena.take(name, STEP, 4096) for name in ("written", "read", "read back"))
+    data[:] = np.frombuffer(os.urandom(STEP), np.uint8)
     works = [(lambda at: os.pwrite(target, data, at), "read", 0, "written")]
     if not alone:
         works.append((lambda at: os.preadv(source, [a], at), "written", AHEAD, "read"))
@@ -58,6 +58,7 @@ def disk(model: Path, out: Path, nbytes: int, alone: bool) -> None:
     os.fsync(target)
     for fd in (source, back, target):
         os.close(fd)
+    arena.close()
     out.unlink()
 
 
