@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edgert.storage.expert_cache import Admission, SlotSizes, admit_by, fitting, leaving
 from edgert.storage.expert_order import Chosen, ExpertPolicy, Lru
+from edgert.storage.pages import TouchAhead
 from edgert.storage.window import Window
 
 __all__ = ["ExpertSlots", "PolicyFor"]
@@ -80,6 +81,7 @@ class ExpertSlots:
 
     def _use(self, window: Window) -> None:
         self.window = window
+        self.touching = TouchAhead(window.room)  # slots that held nothing yet have no pages
         self.sizes = SlotSizes.of(self._record_bytes, window.sizes)
         self._ranked_at = -1  # the stamp at which slots were ranked for `move_in_ahead`
 
@@ -113,6 +115,8 @@ class ExpertSlots:
             if item.evicted >= 0:
                 self.address[item.evicted] = 0
                 self.slot_of[item.evicted] = -1
+            else:
+                self.touching.reached(self.window.end(item.slot))
             self.owner[item.slot] = item.expert
             self.slot_of[item.expert] = item.slot
         return admitted

@@ -185,6 +185,7 @@ class ExpertStreamer:
         if self._team.running:
             os.write(self.request_fd, _WAKE * self._team.n_readers)
         self._team.join()
+        self.slots.touching.halt()
 
     # ---- the threads that read --------------------------------------------------------------
 

@@ -19,13 +19,16 @@ import numpy.typing as npt
 
 from edgert.units import MIB, align_down, align_up
 
-__all__ = ["being_touched", "cached_bytes", "cached_bytes_ref", "resident_in", "touch"]
+__all__ = [
+    "TouchAhead", "being_touched", "cached_bytes", "cached_bytes_ref", "resident_in", "touch",
+]  # fmt: skip
 
 _PAGE = mmap.PAGESIZE
 _PIECE = 64 * MIB  # asked about at once: 16 KiB of answers
 _CACHESTAT = 451  # its number on every architecture; Linux 6.5 and later
 _POPULATE_WRITE = 23  # Linux 5.14 and later
 _TOUCHED = 8 * MIB  # at once: 1 ms, 25 where the host has to find the memory first
+_LEAD = 256 * MIB  # ahead of what is filled: no more, as it may never be
 _C = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
 
 
@@ -121,3 +124,50 @@ def being_touched(region: npt.NDArray[np.uint8]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+
+
+class TouchAhead:
+    """Touches a region from its start on, some way ahead of those who fill it bit by bit.
+
+    Its thread is there from the first `reached` on until all is touched, or `halt`.
+    """
+
+    def __init__(self, region: npt.NDArray[np.uint8], lead: int = _LEAD) -> None:
+        self._region = region
+        self._lead = lead
+        self._at = 0  # touched up to here
+        self._goal = 0
+        self._news = Event()
+        self._stop = Event()
+        self._thread: Thread | None = None
+
+    def reached(self, nbytes: int) -> None:
+        """So many bytes are being filled. One caller at a time, as `halt`."""
+        goal = min(nbytes + self._lead, self._region.nbytes)
+        if goal <= self._goal:
+            return
+        self._goal = goal
+        self._news.set()
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="edgert-touch", daemon=True)
+            self._thread.start()
+
+    def halt(self) -> None:
+        """End the thread; `reached` begins it again. Idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            self._news.set()
+            thread.join()
+            self._stop.clear()
+            self._goal = self._at
+
+    def _run(self) -> None:
+        while not self._stop.is_set() and self._at < self._region.nbytes:
+            self._news.clear()  # before the goal is looked at: none is missed
+            if self._at >= self._goal:
+                self._news.wait()
+            elif touch(self._region[self._at : self._goal][:_TOUCHED], self._stop):
+                self._at = min(self._at + _TOUCHED, self._goal)
+            else:
+                return  # stopped, or the system cannot

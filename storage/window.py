@@ -51,6 +51,15 @@ class Window:
         assert 0 <= slot < self.n_slots, slot
         return self._address + int(self._begin[slot])
 
+    @property
+    def room(self) -> npt.NDArray[np.uint8]:
+        """The bytes of all slots."""
+        return self._bytes[: int(self.sizes.sum())]
+
+    def end(self, slot: int) -> int:
+        """Where `slot` ends, from the first byte of the first."""
+        return int(self._begin[slot] + self.sizes[slot])
+
     def view(self, slot: int) -> npt.NDArray[np.uint8]:
         """The bytes of `slot`, writable."""
         assert 0 <= slot < self.n_slots, slot

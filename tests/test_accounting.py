@@ -9,11 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,7 @@ import edgert.storage.pages
 from edgert.accounting import AGREEMENT_BYTES
 from edgert.cli.cgroup import drop_page_cache
 from edgert.quant.reference import dequantize_ref
-from edgert.storage.pages import being_touched, cached_bytes, cached_bytes_ref, resident_in, touch
+from edgert.storage.pages import cached_bytes, cached_bytes_ref, resident_in
 from tests.command import ROOT, environment
 from tests.test_stress import DENSE, group, inflated
 from tests.tight import tight
@@ -53,41 +51,6 @@ def test_resident_pages_are_counted_to_the_byte(rng: np.random.Generator) -> Non
             start, stop = sorted(rng.integers(0, pages * PAGE, 2).tolist())
             assert resident_in(address + start, stop - start) == held[start:stop].sum()
         del memory
-
-
-@linux
-def test_touched_pages_are_there_and_unchanged(rng: np.random.Generator) -> None:
-    nbytes = 20 * MIB  # three pieces
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
-        memory = np.frombuffer(mapping, np.uint8)
-        memory[5 * MIB : 6 * MIB] = rng.integers(0, 256, MIB, np.uint8)
-        before, region = memory[5 * MIB : 6 * MIB].copy(), memory[100 : nbytes - PAGE]
-        assert touch(region, Event())
-        assert resident_in(region.ctypes.data, region.nbytes) == region.nbytes
-        assert (memory[5 * MIB : 6 * MIB] == before).all()
-        assert not memory[: 5 * MIB].any() and not memory[6 * MIB :].any()
-        del memory, region
-
-
-@linux
-def test_touching_ends_with_the_filling() -> None:
-    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
-        memory = np.frombuffer(mapping, np.uint8)
-        stop = Event()
-        stop.set()
-        assert not touch(memory, stop)
-        assert resident_in(memory.ctypes.data, memory.nbytes) == 0
-        with pytest.raises(ValueError), being_touched(memory):
-            raise ValueError
-        assert not [t for t in threading.enumerate() if t.name == "edgert-touch"]
-        del memory
-
-
-def test_a_system_that_cannot_touch(monkeypatch: pytest.MonkeyPatch, tiny_gguf: Path) -> None:
-    monkeypatch.setattr(edgert.storage.pages, "_C", None)
-    assert not touch(np.zeros(PAGE, np.uint8), Event())
-    with tight(tiny_gguf, None) as engine:
-        assert engine.generate([1, 2], max_tokens=2).tokens
 
 
 @linux
