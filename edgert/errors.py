@@ -122,13 +122,17 @@ class InputError(EdgertError):
 
 
 class ContextError(InputError):
-    """More tokens than the context holds. Attributes: tokens, context_length."""
+    """More tokens than the context holds, or than a model was made for, as `message` then says.
 
-    def __init__(self, tokens: int, context_length: int) -> None:
+    Attributes: tokens, context_length.
+    """
+
+    def __init__(self, tokens: int, context_length: int, message: str = "") -> None:
         self.tokens = tokens
         self.context_length = context_length
         super().__init__(
-            f"{tokens:,} tokens do not fit the context of {context_length:,}; "
+            message
+            or f"{tokens:,} tokens do not fit the context of {context_length:,}; "
             "shorten the prompt or raise --ctx-size"
         )
 

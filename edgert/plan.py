@@ -92,8 +92,12 @@ def plan_memory(
     asked for than the model was made for.
     """
     longest = spec.max_position_embeddings
-    if options.context_length is not None and options.context_length > longest:
-        raise ContextError(options.context_length, longest)
+    asked = options.context_length
+    if asked is not None and asked > longest:
+        raise ContextError(
+            asked, longest, f"a context of {asked:,} tokens is more than this model was made for: "
+            f"{longest:,}; lower --ctx-size to that, or to 0, which is the same"
+        )  # fmt: skip
     contexts = _choices(options.context_length, _CONTEXTS, longest)
     fixed = options.prefill_tokens
     shapes = [

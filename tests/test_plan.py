@@ -284,7 +284,7 @@ def test_a_longer_context_takes_its_keys_and_values() -> None:
 
 def test_a_context_beyond_the_models_is_refused() -> None:
     assert plan("llama", GIB, context_length=64).context_length == 64
-    with pytest.raises(ContextError) as caught:
+    with pytest.raises(ContextError, match="made for: 64; lower --ctx-size") as caught:
         plan("llama", GIB, context_length=65)
     assert (caught.value.tokens, caught.value.context_length) == (65, 64)
 
