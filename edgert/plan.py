@@ -96,7 +96,7 @@ def plan_memory(
     if asked is not None and asked > longest:
         raise ContextError(
             asked, longest, f"a context of {asked:,} tokens is more than this model was made for: "
-            f"{longest:,}; lower --ctx-size to that, or to 0, which is the same"
+            f"{longest:,}; lower --ctx-size to that or less"
         )  # fmt: skip
     contexts = _choices(options.context_length, _CONTEXTS, longest)
     fixed = options.prefill_tokens

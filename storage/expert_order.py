@@ -8,7 +8,7 @@ clock ticks once a layer, so n_layers ticks are a pass. Compiled code writes sta
 learns from them what was used (`observe`). No key has two stamps in a pass: of one with several
 tokens an order also learns what each token chose, as if they had come one by one. (By stamps alone
 a prompt that uses nearly all experts says nothing of which are used most: the 11 tokens behind one
-of 256 then missed 50 experts each, with it 34; 64 experts of which 8 act, 16 layers, half kept.)
+of 256 then missed 50 experts each, with it 33; 64 experts of which 8 act, 16 layers, half kept.)
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def test_bad_requests_are_refused(tiny_gguf: Path, text: Path, tmp_path: Path) -
     assert_error(inside("perplexity", tiny_gguf, "-f", tmp_path / "no"), 2, "cannot be read")
     assert_error(inside("perplexity", tmp_path / "no.gguf"), 3, "no.gguf")
     run = edgert("perplexity", tiny_gguf, "-f", text, "-c", 4096)
-    assert_error(run, 2, "4,096 tokens", "context of 256")  # the model's own context
+    assert_error(run, 2, "context of 4,096 tokens", "made for: 256")  # the model's own context
     run = edgert("perplexity", tiny_gguf, "-f", "-", "-c", SIZE, stdin=b"short")
     assert_error(run, 2, "less than one chunk of 64")
 
