@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
@@ -20,6 +21,7 @@ from edgert import EdgertError, __version__
 __all__ = ["Commands", "cli", "main"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as every shell reports it
+_NO = ("", "0", "false", "no", "off", "f", "n")  # as click reads an option's variable
 
 _COMMANDS = {  # in the order of the help page; each is the attribute `command` of its module
     "run": ("edgert.cli.run", "run", "Continue a text, or talk to the model in a terminal."),
@@ -123,8 +125,8 @@ def _run(arguments: list[str]) -> int:
     except (_ReaderLeft, BrokenPipeError):
         raise
     except Exception as error:
-        if "--debug" in arguments or os.environ.get("EDGERT_DEBUG"):
-            raise
+        if "--debug" in arguments or os.environ.get("EDGERT_DEBUG", "").lower() not in _NO:
+            traceback.print_exc()
         return _report(error)
 
 

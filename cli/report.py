@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -137,12 +137,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+_MODELS = (b"GGUF", b"\x89EDGERT\n")  # what their files begin with
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name only when complete: nothing half-written is left.
 
-    Raises `InputError` when the folder does not exist or cannot be written to.
+    Raises `InputError` when the folder does not exist or cannot be written to, and when the file
+    is there and a model: one name too many on a command line must not cost gigabytes.
     """
+    if path.is_file():
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(8).startswith(_MODELS):
+                raise InputError(f"{path} is a model; name another file to write to")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         stream = partial.open("wb")

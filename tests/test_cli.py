@@ -284,7 +284,7 @@ def test_context_beyond_memory(long_gguf: Path) -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     run = edgert("run", tmp_path / "no.gguf", "-p", "a", "--debug")
-    assert run.returncode != 0 and "Traceback" in run.stderr
+    assert run.returncode == 3 and "Traceback" in run.stderr and "error: " in run.stderr
 
 
 # ----------------------------------------------------------------------------- leaving early
