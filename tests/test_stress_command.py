@@ -274,9 +274,9 @@ def test_the_baseline_gives_ratios() -> None:
     }
     one = Comparison(case(), sides)
     assert [*one.to_dict()["ratios"].values(), one.over] == [8, None, 3, False]
-    assert ratio_line([one]).endswith("llama.cpp, first prefill 3.00 to 3.00 times llama.cpp")
-    (row,) = baseline_rows([one])
-    assert "1 of 1" in row and "llama.cpp: it was ended" in row
+    line = "decode 8.00 to 8.00 times llama.cpp, first prefill 3.00 to 3.00 times llama.cpp"
+    (row,), said = baseline_rows([one]), ratio_line([one])
+    assert said == line and "1 of 1" in row and "llama.cpp: it was ended" in row
 
 
 # ----------------------------------------------------------------------------- the command
